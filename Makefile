@@ -1,0 +1,54 @@
+# Two commands matter: `make run` and `make test`. Each installs what it needs into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 50051
+PROTOS := $(wildcard proto/moe_server/v1/*.proto)
+STUBS := $(PROTOS:.proto=_pb2.py)
+
+.PHONY: run test lint types proto proto-check clean
+
+# Installs, serves the embedded model, waits for its proof, streams a completion, stops.
+run: $(VENV)/.installed
+	@BIN=$(BIN) PORT=$(PORT) bash benchmarks/first_run.sh
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+# Stubs of 1.76 run under every newer grpcio and protobuf 6 or 7.
+proto: $(VENV)/.installed-dev
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. \
+	    $(addprefix moe_server/,$(PROTOS))
+
+# The stubs that are checked in are the ones the .proto files give; buf finds them sound.
+proto-check: $(VENV)/.installed-dev node_modules/.bin/buf
+	rm -rf build/proto && mkdir -p build/proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=build/proto --pyi_out=build/proto \
+	    --grpc_python_out=build/proto $(addprefix moe_server/,$(PROTOS))
+	diff -r --exclude=*.proto --exclude=__pycache__ build/proto/moe_server/proto/moe_server proto/moe_server
+	cd proto && ../node_modules/.bin/buf lint && ../node_modules/.bin/buf format --diff --exit-code
+
+node_modules/.bin/buf:
+	npm install --no-save --no-package-lock --silent @bufbuild/buf@1
+
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moe-server needs Python 3.11 or newer; set PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	    || { echo "No venv module: install python3-venv, or set VENV to an environment of yours."; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev]
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache

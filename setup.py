@@ -1,0 +1,66 @@
+"""Metadata, dependencies and the `moe-server` command. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_server/__init__.py").read_text())
+assert VERSION is not None
+
+setup(
+    name="moe-server",
+    version=VERSION[1],
+    description="gRPC inference server for mixture-of-experts models that do not fit on the GPU",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # Namespace packages: the four top-level folders have no __init__.py, on purpose
+    # (docs/architecture.md, "Import names"); moe_server reaches them by links.
+    packages=find_namespace_packages(include=["moe_server*"]),
+    package_data={
+        "moe_server": ["py.typed"],
+        "moe_server.demo": ["*.json", "*.safetensors", "README.md"],
+        "moe_server.proto": ["buf.yaml", "moe_server/v1/*.proto", "moe_server/v1/*.pyi"],
+    },
+    install_requires=[
+        "click>=8.1",
+        "deepspeed==0.19.8",
+        "grpcio>=1.76",
+        "grpcio-health-checking>=1.76",
+        "grpcio-reflection>=1.76",
+        "grpcio-status>=1.76",
+        "msgspec>=0.19",
+        "numpy>=2.0",
+        "protobuf>=6.31",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
+        "pyzmq>=26.0",
+        "rich>=13.0",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "structlog>=24.0",
+        "tokenizers>=0.21",
+        "torch>=2.11",
+        "transformers>=5.17",
+    ],
+    extras_require={
+        "dev": [
+            "grpcio-tools==1.76.0",
+            "hypothesis>=6.100",
+            "mistral-common[sentencepiece]>=1.8",
+            "mypy>=2.0",
+            "pytest>=9.0",
+            "pytest-asyncio>=1.0",
+            "pytest-timeout>=2.3",
+            "ruff>=0.15",
+            "types-grpcio>=1.0",
+            "types-protobuf>=6.0",
+            "types-PyYAML>=6.0",
+        ],
+    },
+    entry_points={"console_scripts": ["moe-server=moe_server.cli:main"]},
+)
