@@ -1,0 +1,158 @@
+import datetime
+
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SERVER_STATE_UNSPECIFIED: _ClassVar[ServerState]
+    SERVER_STATE_STARTING: _ClassVar[ServerState]
+    SERVER_STATE_LOADING: _ClassVar[ServerState]
+    SERVER_STATE_WARMING: _ClassVar[ServerState]
+    SERVER_STATE_READY: _ClassVar[ServerState]
+    SERVER_STATE_DRAINING: _ClassVar[ServerState]
+    SERVER_STATE_FAILED: _ClassVar[ServerState]
+SERVER_STATE_UNSPECIFIED: ServerState
+SERVER_STATE_STARTING: ServerState
+SERVER_STATE_LOADING: ServerState
+SERVER_STATE_WARMING: ServerState
+SERVER_STATE_READY: ServerState
+SERVER_STATE_DRAINING: ServerState
+SERVER_STATE_FAILED: ServerState
+
+class Startup(_message.Message):
+    __slots__ = ("stage", "stage_index", "stage_count", "bytes_done", "bytes_total", "elapsed", "probes")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    STAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    stage: str
+    stage_index: int
+    stage_count: int
+    bytes_done: int
+    bytes_total: int
+    elapsed: _duration_pb2.Duration
+    probes: _containers.RepeatedCompositeFieldContainer[Probe]
+    def __init__(self, stage: _Optional[str] = ..., stage_index: _Optional[int] = ..., stage_count: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[Probe, _Mapping]]] = ...) -> None: ...
+
+class Probe(_message.Message):
+    __slots__ = ("prompt_tokens", "completion_tokens", "ttft", "tpot")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TTFT_FIELD_NUMBER: _ClassVar[int]
+    TPOT_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    completion_tokens: int
+    ttft: _duration_pb2.Duration
+    tpot: _duration_pb2.Duration
+    def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., ttft: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tpot: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class Memory(_message.Message):
+    __slots__ = ("device_budget_bytes", "dense_bytes", "kv_bytes", "workspace_bytes", "expert_slots_bytes", "expert_slots", "host_budget_bytes", "host_records", "host_records_bytes", "expert_bytes", "experts")
+    DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DENSE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SLOTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    HOST_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    HOST_RECORDS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    device_budget_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    expert_slots_bytes: int
+    expert_slots: int
+    host_budget_bytes: int
+    host_records: int
+    host_records_bytes: int
+    expert_bytes: int
+    experts: int
+    def __init__(self, device_budget_bytes: _Optional[int] = ..., dense_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., expert_slots_bytes: _Optional[int] = ..., expert_slots: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_records: _Optional[int] = ..., host_records_bytes: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
+
+class ExpertCounters(_message.Message):
+    __slots__ = ("device_hits", "host_hits", "disk_reads", "transfer_bytes", "read_bytes")
+    DEVICE_HITS_FIELD_NUMBER: _ClassVar[int]
+    HOST_HITS_FIELD_NUMBER: _ClassVar[int]
+    DISK_READS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    device_hits: int
+    host_hits: int
+    disk_reads: int
+    transfer_bytes: int
+    read_bytes: int
+    def __init__(self, device_hits: _Optional[int] = ..., host_hits: _Optional[int] = ..., disk_reads: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_used", "kv_blocks_total")
+    RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    running_requests: int
+    waiting_requests: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ...) -> None: ...
+
+class GetServerStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerStatusResponse(_message.Message):
+    __slots__ = ("state", "reason", "version", "model", "startup", "memory", "experts", "load", "uptime", "engine_restarts")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STARTUP_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    state: ServerState
+    reason: str
+    version: str
+    model: str
+    startup: Startup
+    memory: Memory
+    experts: ExpertCounters
+    load: Load
+    uptime: _duration_pb2.Duration
+    engine_restarts: int
+    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("wait",)
+    WAIT_FIELD_NUMBER: _ClassVar[int]
+    wait: _duration_pb2.Duration
+    def __init__(self, wait: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("remaining_requests",)
+    REMAINING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    remaining_requests: int
+    def __init__(self, remaining_requests: _Optional[int] = ...) -> None: ...
+
+class UndrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UndrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
