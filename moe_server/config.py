@@ -1,0 +1,250 @@
+"""Configuration: frozen, composed, resolved once. Imports nothing of ours but the error it raises.
+
+Sources, strongest first: command-line flags, environment (`MOE_SERVER_DEVICE_MEMORY`, nested keys with
+a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`), the file given by `--config` (TOML, YAML or
+JSON), defaults. An unknown key is an error that names the nearest known one.
+"""
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moe_server.errors import MoeServerError, Reason
+
+ENV_PREFIX = "MOE_SERVER_"
+UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
+    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
+}
+
+
+def parse_bytes(value: object) -> object:
+    """Turns "24GiB", "1.5 GB" or a number of bytes into an int; "min" is left as it is."""
+    if not isinstance(value, str) or value == "min":
+        return value
+    text = value.strip().upper().replace("_", "")
+    number = text.rstrip("KMGTIB ")
+    unit = text[len(number) :].strip()
+    try:
+        return int(float(number) * UNITS[unit])
+    except (KeyError, ValueError, OverflowError):
+        raise ValueError(f"{value!r} is not a size; write for example 24GiB or 512MB") from None
+
+
+ByteSize: TypeAlias = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+DeviceMemory: TypeAlias = Annotated[
+    Annotated[int, Field(ge=0)] | Literal["min"], BeforeValidator(parse_bytes)
+]
+
+
+class Section(BaseModel):
+    """A group of keys: frozen, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class SchedulerConfig(Section):
+    """How requests share the engine."""
+
+    max_batch_tokens: int = Field(512, ge=1)
+    """Tokens one step may process. More: faster prefill, more workspace, longer decode stalls."""
+    max_running: int = Field(32, ge=1)
+    """Requests decoding side by side."""
+    max_waiting: int = Field(256, ge=1)
+    """Requests accepted but not running; the next one is refused with RESOURCE_EXHAUSTED."""
+    block_tokens: int = Field(16, ge=1)
+    """Tokens in one KV cache block."""
+    default_max_new_tokens: int = Field(256, ge=1)
+    """Used when a request does not set max_new_tokens."""
+
+
+class ServiceConfig(Section):
+    """The gRPC side."""
+
+    max_message_bytes: ByteSize = 4 * 2**20
+    """Largest request that is read; larger ones fail with RESOURCE_EXHAUSTED."""
+    shutdown_grace_s: float = Field(30.0, ge=0)
+    """After SIGTERM: how long accepted requests may finish before they are cut off."""
+
+
+class WarmupConfig(Section):
+    """What READY has to prove."""
+
+    prompt_tokens: int = Field(16, ge=1)
+    """Length of the prompts that the warm-up sends (cut to what the model's context allows). 16 tokens
+    meet nearly all of a layer's 8 experts; longer prompts prove more and take longer."""
+    new_tokens: int = Field(4, ge=2)
+    """Tokens generated for each of them."""
+    batch: int = Field(4, ge=1)
+    """Requests of the warm-up batch, sent side by side before the probes."""
+    probes: int = Field(3, ge=1)
+    """Requests sent alone, one after another; all of them must keep the limits."""
+    max_ttft_ms: float | None = Field(None, gt=0)
+    """Longest time to first token a probe may take; unset: any."""
+    max_tpot_ms: float | None = Field(None, gt=0)
+    """Longest time per output token a probe may take; unset: any."""
+    attempts: int = Field(5, ge=1)
+    """Rounds of probes before the server says FAILED."""
+
+
+class Config(Section):
+    """The whole configuration; both processes get it."""
+
+    model: str = "demo"
+    """A Hugging Face checkpoint directory, or "demo" for the embedded model."""
+    model_name: str = ""
+    """The name clients use; empty: the directory's name."""
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT for clients; port 0 takes a free one."""
+    admin_listen: str = ""
+    """HOST:PORT for AdminService alone; empty: on `listen`, changes from loopback peers only."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it computes. On a CPU the device budget is RAM."""
+    device_memory: DeviceMemory | None = None
+    """Bytes for everything on the device: dense weights, KV cache, expert slots, workspace. "min": the
+    smallest that can run. Unset: everything resident if it fits, else most of what is free."""
+    host_memory: ByteSize = 0
+    """Bytes for expert records in (on CUDA: pinned) host memory; 0: experts that are not on the device
+    are read from disk."""
+    max_total_tokens: int = Field(16384, ge=1)
+    """Tokens the KV cache holds, over all running requests; also bounds one request."""
+    expert_format: Literal["checkpoint"] = "checkpoint"
+    """How expert weights are stored; "checkpoint" keeps the checkpoint's own dtype."""
+    dense_backend: Literal["zero3", "resident"] = "zero3"
+    """zero3: the dense weights live under DeepSpeed ZeRO-3; resident: plainly on the device."""
+    zero3_config: Path | None = None
+    """Your own DeepSpeed JSON (stage 3); unset: one that suits inference on this device."""
+    read_threads: int = Field(4, ge=1)
+    """Threads that read experts from disk."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads for computing; unset: one for each core this process may use."""
+
+    scheduler: SchedulerConfig = SchedulerConfig()
+    service: ServiceConfig = ServiceConfig()
+    warmup: WarmupConfig = WarmupConfig()
+
+    @property
+    def model_path(self) -> Path:
+        """The checkpoint directory; the embedded model's for "demo"."""
+        return Path(__file__).parent / "demo" if self.model == "demo" else Path(self.model)
+
+    @property
+    def served_name(self) -> str:
+        """The name clients see."""
+        return self.model_name or (
+            "demo" if self.model == "demo" else self.model_path.resolve().name
+        )
+
+
+def load_config(
+    file: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Merges flags over environment over file over defaults.
+
+    Args:
+        file: TOML (`.toml`), YAML (`.yaml`, `.yml`) or JSON (`.json`).
+        flags: Keys given on the command line; nested keys are dotted (`warmup.max_ttft_ms`).
+        environ: Where `MOE_SERVER_*` is looked up; `os.environ` if None.
+
+    Raises:
+        MoeServerError: An unreadable file, an unknown key or a bad value; `field` names the key.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        _merge(merged, _read_file(file))
+    environ = os.environ if environ is None else environ
+    for name, text in environ.items():
+        if name.startswith(ENV_PREFIX):
+            _merge(merged, _nested(name.removeprefix(ENV_PREFIX).lower().replace("__", "."), text))
+    for key, value in (flags or {}).items():
+        _merge(merged, _nested(key, value))
+    _refuse_unknown(merged)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = _dotted(first["loc"])
+        raise MoeServerError(
+            f"{key} = {first['input']!r} is not usable: {first['msg']}.",
+            "Run `moe-server check-config --help` for keys and units.",
+            field=key,
+        ) from None
+
+
+def known_keys() -> frozenset[str]:
+    """Every key of the configuration, nested ones dotted."""
+    keys: set[str] = set()
+    for name, field in Config.model_fields.items():
+        keys.add(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys.update(f"{name}.{inner}" for inner in field.annotation.model_fields)
+    return frozenset(keys)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    """The longest known key a pydantic error location starts with; it also names union branches."""
+    parts = [str(part) for part in location]
+    ends = range(len(parts), 0, -1)
+    return next(
+        (".".join(parts[:end]) for end in ends if ".".join(parts[:end]) in known_keys()), ""
+    )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    readers: dict[str, Callable[[str], Any]] = {
+        ".toml": tomllib.loads,
+        ".json": json.loads,
+        ".yaml": yaml.safe_load,
+        ".yml": yaml.safe_load,
+    }
+    if path.suffix not in readers:
+        raise MoeServerError(f"{path}: unknown kind of file.", f"Use one of {', '.join(readers)}.")
+    try:
+        content = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoeServerError(
+            f"Cannot read {path}: {error.strerror}.", reason=Reason.NOT_FOUND
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise MoeServerError(f"{path} does not parse: {error}.") from None
+    if not isinstance(content, dict):
+        raise MoeServerError(f"{path} holds a {type(content).__name__}, expected a table of keys.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _nested(dotted: str, value: object) -> dict[str, Any]:
+    outer, _, inner = dotted.partition(".")
+    return {outer: _nested(inner, value) if inner else value}
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _refuse_unknown(merged: Mapping[str, Any], prefix: str = "") -> None:
+    known = known_keys()
+    for name, value in merged.items():
+        key = prefix + name
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise MoeServerError(
+                f"Unknown configuration key {key!r}.", f"Did you mean {near[0]!r}?", field=key
+            )
+        if isinstance(value, dict):
+            _refuse_unknown(value, f"{key}.")

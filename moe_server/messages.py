@@ -1,0 +1,160 @@
+"""What the front door and the engine process say to each other.
+
+Plain facts as msgspec structs, encoded as MessagePack. Neither gRPC nor torch appears here; times are
+`time.monotonic()` seconds, which Linux shares between processes.
+"""
+
+from enum import Enum
+from typing import TypeAlias
+
+import msgspec
+
+from moe_server.errors import MoeServerError, Reason
+
+
+class FinishReason(Enum):
+    """Why a request ended well."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    STOP_SEQUENCE = "stop_sequence"
+    LENGTH = "length"
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How the next token is chosen; the defaults are greedy decoding."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    """Unsigned 64-bit. Tokens depend on it and on nothing else that is random."""
+    repetition_penalty: float = 1.0
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """A validated request; the engine answers with token events that carry its id."""
+
+    request_id: int
+    token_ids: list[int]
+    """The prompt, at least one token, every id below the vocabulary size."""
+    max_new_tokens: int
+    """At least 1; prompt and completion together fit the model's context."""
+    eos_token_ids: list[int]
+    """Generation ends after any of these; empty where the request ignores them."""
+    sampling: Sampling = Sampling()
+    logprobs: int = -1
+    """-1: none; 0: of the chosen token; n: also of the n most likely ones."""
+    deadline: float | None = None
+    """`time.monotonic()` after which nobody waits for the answer."""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Forget a request: no event for it follows once the engine has read this."""
+
+    request_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """End the engine process in order."""
+
+
+class Timings(msgspec.Struct):
+    """Seconds and bytes of the steps that one request took part in."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    router_s: float = 0.0
+    transfer_s: float = 0.0
+    read_s: float = 0.0
+    transfer_bytes: int = 0
+    read_bytes: int = 0
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """One generated token; the last one of a request carries its finish reason."""
+
+    request_id: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] = []
+    """(token id, log-probability), most likely first."""
+    finish: FinishReason | None = None
+    timings: Timings = msgspec.field(default_factory=Timings)
+    """So far: the front door ends a request at a stop string, which the engine does not know."""
+
+
+class RequestFailed(msgspec.Struct, frozen=True):
+    """A request that ended without finishing; nothing of it is left in the engine."""
+
+    request_id: int
+    reason: Reason
+    message: str
+    remedy: str = ""
+
+
+class ExpertCounters(msgspec.Struct):
+    """Where the experts that steps needed were found, since the engine started."""
+
+    device_hits: int = 0
+    host_hits: int = 0
+    disk_reads: int = 0
+    transfer_bytes: int = 0
+    read_bytes: int = 0
+
+
+class EngineLoad(msgspec.Struct, frozen=True):
+    """What the engine is busy with after a step."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    experts: ExpertCounters = msgspec.field(default_factory=ExpertCounters)
+
+
+class StepDone(msgspec.Struct, frozen=True, tag=True):
+    """Everything one engine step produced, in one message. Without events it is the heartbeat."""
+
+    load: EngineLoad
+    tokens: list[TokenEvent] = []
+    failed: list[RequestFailed] = []
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """How far loading has come."""
+
+    stage: str
+    stage_index: int
+    stage_count: int
+    bytes_done: int
+    bytes_total: int
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The engine can run steps. It has touched every expert, but proven nothing yet."""
+
+    seconds: float
+    num_slots: int
+    num_records: int
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot run; it ends after this."""
+
+    reason: Reason
+    message: str
+    remedy: str
+    retry: bool
+    """True where the cause can pass (a read error, memory held by others)."""
+
+    @classmethod
+    def of(cls, error: MoeServerError) -> "Fatal":
+        retry = error.reason in (Reason.EXHAUSTED, Reason.UNAVAILABLE)
+        return cls(error.reason, error.message, error.remedy, retry)
+
+
+ToEngine: TypeAlias = Submit | Cancel | Shutdown
+FromEngine: TypeAlias = StepDone | Progress | Loaded | Fatal
