@@ -1,0 +1,265 @@
+"""The arithmetic of memory: what a configuration needs, and how many experts fit beside it.
+
+Decided once, before anything is loaded, from the checkpoint's headers alone; the front door refuses
+an impossible budget with it and the engine allocates by it. It counts what moe-server allocates for
+the model. The engine's Python runtime is not in the budgets: `check_room` holds it and them against
+what the machine (or its memory cgroup) has. Pure Python.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_server.checkpoint import Checkpoint
+from moe_server.config import Config
+from moe_server.errors import MoeServerError, Reason
+
+RUNTIME_BYTES = 290 * 2**20
+"""The engine process before it holds any of the model: 264 MiB of imports (torch 2.13, transformers
+5.23, deepspeed 0.19.8) and what its allocator keeps."""
+
+READ_CHUNK_BYTES = 8 * 2**20
+"""One disk read. Each reading thread owns one buffer of this size."""
+
+QUERY_TILE_TOKENS = 128
+"""Query rows attention takes at once; bounds its mask."""
+
+CUDA_STAGING_RECORDS = 2
+"""On CUDA an expert passes through pinned host memory on its way from disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by purpose. The first four and the slots make up the device budget."""
+
+    device_budget_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    slot_bytes: int
+    """One expert slot: a record, rounded up to whole pages."""
+    num_slots: int
+    host_budget_bytes: int
+    num_records: int
+    num_staging: int
+    """Pinned records that reads from disk pass through on their way to a GPU."""
+    expert_bytes: int
+    """Weights of one expert."""
+    num_experts_total: int
+    num_blocks: int
+    """KV cache blocks."""
+    max_request_tokens: int
+    """Most tokens of prompt and completion together that one request may have."""
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.num_slots * self.slot_bytes
+
+    @property
+    def records_bytes(self) -> int:
+        return (self.num_records + self.num_staging) * self.slot_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Device bytes that do not depend on how many experts are resident."""
+        return self.dense_bytes + self.kv_bytes + self.workspace_bytes
+
+    @property
+    def minimum_device_bytes(self) -> int:
+        """The smallest device budget this configuration runs in: one slot."""
+        return self.fixed_bytes + self.slot_bytes
+
+    def table(self) -> list[tuple[str, str]]:
+        """Rows for people: what, and how much."""
+        experts = self.num_experts_total
+        on_disk = max(0, experts - self.num_slots - self.num_records)
+        return [
+            ("device budget", format_bytes(self.device_budget_bytes)),
+            ("  dense weights", format_bytes(self.dense_bytes)),
+            ("  KV cache", f"{format_bytes(self.kv_bytes)} ({self.num_blocks} blocks)"),
+            ("  workspace", format_bytes(self.workspace_bytes)),
+            (
+                "  expert slots",
+                f"{format_bytes(self.slots_bytes)} ({self.num_slots} of {experts} experts)",
+            ),
+            ("  minimum", format_bytes(self.minimum_device_bytes)),
+            ("host budget", format_bytes(self.host_budget_bytes)),
+            (
+                "  expert records",
+                f"{format_bytes(self.records_bytes)} ({self.num_records} experts)",
+            ),
+            ("left on disk", f"{on_disk} experts of {format_bytes(self.expert_bytes)}"),
+            ("longest request", f"{self.max_request_tokens} tokens"),
+        ]
+
+
+def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
+    """Divides the budgets.
+
+    Raises:
+        MoeServerError: A budget that cannot run anything; the message says the smallest that can.
+    """
+    block_tokens = config.scheduler.block_tokens
+    max_request = min(checkpoint.max_context_tokens, config.max_total_tokens)
+    num_blocks = -(-config.max_total_tokens // block_tokens)
+    dense = checkpoint.dense_bytes
+    kv = num_blocks * block_tokens * checkpoint.kv_bytes_per_token
+    workspace = _workspace_bytes(config, checkpoint, max_request)
+    slot = checkpoint.record_layout.stride_bytes
+    total = len(checkpoint.experts)
+    minimum = dense + kv + workspace + slot
+    budget = _device_budget(config, minimum, minimum + (total - 1) * slot)
+    if budget < minimum:
+        raise MoeServerError(
+            f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense weights "
+            f"{format_bytes(dense)}, KV cache {format_bytes(kv)}, workspace {format_bytes(workspace)} "
+            f"and one expert slot {format_bytes(slot)} need {minimum} bytes.",
+            f"Give at least {minimum} bytes ({format_bytes(minimum)}), or lower max_total_tokens or "
+            "scheduler.max_batch_tokens.",
+            field="device_memory",
+        )
+    num_slots = min(total, (budget - minimum) // slot + 1)
+    num_staging = CUDA_STAGING_RECORDS if config.device == "cuda" else 0
+    least_host = max(num_staging, 1 if config.host_memory and num_slots < total else 0) * slot
+    if config.host_memory < least_host:
+        raise MoeServerError(
+            f"host_memory of {config.host_memory} bytes is too small for records of {slot} bytes.",
+            f"Give at least {least_host} bytes ({format_bytes(least_host)})"
+            + (", or 0 for no host tier." if not num_staging else "."),
+            field="host_memory",
+        )
+    num_records = min(total - num_slots, config.host_memory // slot - num_staging)
+    return MemoryPlan(
+        device_budget_bytes=budget,
+        dense_bytes=dense,
+        kv_bytes=kv,
+        workspace_bytes=workspace,
+        slot_bytes=slot,
+        num_slots=num_slots,
+        host_budget_bytes=config.host_memory,
+        num_records=num_records,
+        num_staging=num_staging,
+        expert_bytes=3 * checkpoint.record_layout.matrix_bytes,
+        num_experts_total=total,
+        num_blocks=num_blocks,
+        max_request_tokens=max_request,
+    )
+
+
+def check_room(plan: MemoryPlan, config: Config) -> None:
+    """Refuses budgets that the machine, or the memory cgroup we are in, cannot hold.
+
+    Raises:
+        MoeServerError: It would be killed or swap later; says by how much to lower which budget.
+    """
+    in_ram = plan.fixed_bytes + plan.slots_bytes if config.device == "cpu" else 0
+    needed = in_ram + plan.records_bytes + RUNTIME_BYTES
+    available = available_memory_bytes()
+    if needed > available:
+        raise MoeServerError(
+            f"The budgets need {format_bytes(needed)} of memory ({format_bytes(RUNTIME_BYTES)} of it "
+            f"the Python runtime), but only {format_bytes(available)} are available here.",
+            f"Lower device_memory or host_memory by {needed - available} bytes, raise the cgroup's "
+            "limit, or end other programs.",
+            reason=Reason.EXHAUSTED,
+            field="device_memory",
+        )
+
+
+def available_memory_bytes() -> int:
+    """Bytes this process can still take: free memory of the machine, or what its cgroups leave."""
+    with open("/proc/meminfo", encoding="ascii") as stream:
+        fields = dict(line.split(":", 1) for line in stream)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([available, *_cgroup_room()])
+
+
+def _cgroup_room() -> Iterator[int]:
+    """What each memory cgroup around this process leaves; page cache in it does not count as used."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, limit, usage, cached = (
+                "/sys/fs/cgroup/memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                ("total_inactive_file", "total_active_file"),
+            )
+        elif not controllers:
+            root, limit, usage, cached = (
+                "/sys/fs/cgroup",
+                "memory.max",
+                "memory.current",
+                ("inactive_file", "active_file"),
+            )
+        else:
+            continue
+        # Inside a container the group's own path may not be visible; its root then is our group.
+        for folder in (Path(root + group), Path(root)):
+            try:
+                limit_bytes = int((folder / limit).read_text())
+                used_bytes = int((folder / usage).read_text())
+                stat = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
+            except (OSError, ValueError):  # "max" is no number: no limit
+                continue
+            yield limit_bytes - used_bytes + sum(int(stat.get(name, 0)) for name in cached)
+            break
+
+
+def format_bytes(count: int) -> str:
+    """1536 -> "1.50 KiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
+
+
+def _device_budget(config: Config, minimum: int, everything: int) -> int:
+    if config.device_memory == "min":
+        return minimum
+    if config.device_memory is not None:
+        return config.device_memory
+    if config.device == "cuda":
+        raise MoeServerError(
+            "device cuda needs a budget.",
+            "Give --device-memory, for example 24GiB.",
+            field="device_memory",
+        )
+    free = available_memory_bytes() - RUNTIME_BYTES - config.host_memory
+    return min(everything, max(minimum, int(0.9 * free)))
+
+
+def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -> int:
+    """An upper bound of what one step allocates and frees, term by term as model.py spends it."""
+    tokens = config.scheduler.max_batch_tokens
+    rows = min(config.scheduler.max_running, tokens)
+    hidden, item = checkpoint.hidden_size, checkpoint.itemsize
+    query = checkpoint.num_heads * checkpoint.head_dim
+    key_value = checkpoint.num_kv_heads * checkpoint.head_dim
+    residual = tokens * hidden * (3 * item + 2 * 4)  # RMSNorm computes in float32
+    projections = 3 * tokens * (query + 2 * key_value) * item  # rotation makes copies
+    gathered = 2 * max_request * key_value * item
+    group_rows = checkpoint.num_heads // checkpoint.num_kv_heads * QUERY_TILE_TOKENS
+    mask = min(tokens, group_rows) * max_request * (1 + 4)  # boolean, and as SDPA widens it
+    attention = projections + gathered + mask
+    picks = tokens * checkpoint.num_experts_per_token
+    experts = picks * hidden * (item + 4) + tokens * (
+        2 * hidden * item + 4 * checkpoint.intermediate_size * item
+    )
+    logits = rows * checkpoint.vocab_size * 4 * 6  # float32, log-probabilities, sorted copies
+    reading = config.read_threads * (READ_CHUNK_BYTES + 2 * 4096) if config.device == "cpu" else 0
+    return residual + max(attention, experts, logits) + reading
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0))

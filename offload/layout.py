@@ -1,0 +1,75 @@
+"""Which expert, and how its bytes lie: the record.
+
+An expert's weights are one contiguous byte range, the *record*: w1, w3, w2. It has the same form on
+the device (a slot), in host memory and in flight, so that moving an expert is copying one range.
+w1 and w3 are adjacent: seen together they are the fused gate-and-up matrix of one matrix product.
+
+Knows no files, no torch and no model names; everything in `offload` builds on it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE_BYTES = 4096
+"""Alignment of records, so that a slot can be the target of an O_DIRECT read."""
+
+_MATRIX_ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ExpertId:
+    """One expert of one layer; orders by layer first, as a forward pass meets them."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLayout:
+    """Offsets of an expert's matrices in its record, in bytes.
+
+    Shapes, row-major: w1 and w3 (intermediate_size, hidden_size), w2 (hidden_size,
+    intermediate_size).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    itemsize: int
+    """Bytes of one weight."""
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of each of the three matrices."""
+        return self.hidden_size * self.intermediate_size * self.itemsize
+
+    @property
+    def w1_offset(self) -> int:
+        return 0
+
+    @property
+    def w3_offset(self) -> int:
+        return self.matrix_bytes
+
+    @property
+    def w2_offset(self) -> int:
+        return _round_up(2 * self.matrix_bytes, _MATRIX_ALIGN_BYTES)
+
+    @property
+    def stride_bytes(self) -> int:
+        """Bytes from one record to the next in an arena: whole pages."""
+        return _round_up(self.w2_offset + self.matrix_bytes, PAGE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a record on disk: `nbytes` of `file` from `file_offset` on."""
+
+    file: Path
+    file_offset: int
+    nbytes: int
+    record_offset: int
+    """Where in the record they belong."""
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
