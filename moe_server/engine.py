@@ -1,0 +1,216 @@
+"""The step loop's body: what happens to requests between two looks into the inbox.
+
+schedule -> model -> sample -> postprocess. Knows messages, not where they come from or go to:
+`engine_process` brings and takes them. No gRPC, no text.
+"""
+
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_server.budget import READ_CHUNK_BYTES, MemoryPlan, usable_cores
+from moe_server.checkpoint import Checkpoint
+from moe_server.config import Config
+from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import (
+    EngineLoad,
+    ExpertCounters,
+    FinishReason,
+    RequestFailed,
+    StepDone,
+    Submit,
+    TokenEvent,
+)
+from moe_server.model import Model, StepInput
+from moe_server.offload.cache import CacheCounters, ExpertCache
+from moe_server.offload.reader import Reader
+from moe_server.sampler import Sampled, sample
+from moe_server.scheduler import Scheduled, Scheduler
+from moe_server.sequence import Sequence
+
+
+class Engine:
+    """The model and the requests that run on it. One thread only.
+
+    Args:
+        config: The whole configuration.
+        checkpoint: What is served.
+        plan: How memory is divided.
+    """
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
+        torch.set_num_threads(config.threads or usable_cores())
+        device = torch.device(config.device)
+        block_tokens = config.scheduler.block_tokens
+        self._config = config
+        self.reader = Reader(config.read_threads, READ_CHUNK_BYTES)
+        self.cache = ExpertCache(
+            {expert: checkpoint.record_segments(expert) for expert in checkpoint.experts},
+            num_layers=checkpoint.num_layers,
+            num_slots=plan.num_slots,
+            num_records=plan.num_records,
+            num_staging=plan.num_staging,
+            stride_bytes=plan.slot_bytes,
+            device=device,
+            reader=self.reader,
+        )
+        self.model = Model(
+            checkpoint,
+            device=device,
+            num_blocks=plan.num_blocks,
+            block_tokens=block_tokens,
+            cache=self.cache,
+        )
+        self.scheduler = Scheduler(
+            max_batch_tokens=config.scheduler.max_batch_tokens,
+            max_running=config.scheduler.max_running,
+            num_blocks=plan.num_blocks,
+            block_tokens=block_tokens,
+        )
+        self._failed: list[RequestFailed] = []
+
+    def submit(self, request: Submit) -> None:
+        """Queues a request."""
+        self.scheduler.add(Sequence.of(request, time.monotonic()))
+
+    def cancel(self, request_id: int) -> None:
+        """Forgets a request; nothing is reported for it any more."""
+        self.scheduler.remove(request_id)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.scheduler.waiting or self.scheduler.running)
+
+    def step(self) -> StepDone:
+        """Runs one step and reports what it brought; an idle engine reports its load."""
+        self._expire()
+        step = self.scheduler.schedule()
+        tokens: list[TokenEvent] = []
+        if step:
+            started, before = time.monotonic(), self._spent()
+            try:
+                logits = self.model.forward([_step_input(scheduled) for scheduled in step])
+            except MoeServerError as error:
+                self._fail([scheduled.sequence for scheduled in step], error)
+            else:
+                completing = [scheduled.sequence for scheduled in step if scheduled.completes_input]
+                sampled = sample(logits, completing)
+                self._account(step, started, before)
+                self.scheduler.advance(step)
+                tokens = self._postprocess(completing, sampled)
+        failed, self._failed = self._failed, []
+        return StepDone(self._load(), tokens, failed)
+
+    def close(self) -> None:
+        """Ends the reader's threads."""
+        self.reader.close()
+
+    def _postprocess(self, sequences: Many[Sequence], sampled: Many[Sampled]) -> list[TokenEvent]:
+        """Appends the new tokens; requests that are complete leave."""
+        events = []
+        for sequence, choice in zip(sequences, sampled, strict=True):
+            request = sequence.request
+            sequence.token_ids.append(choice.token_id)
+            finish = None
+            if choice.token_id in request.eos_token_ids:
+                finish = FinishReason.END_OF_SEQUENCE
+            elif sequence.num_completion_tokens == request.max_new_tokens:
+                finish = FinishReason.LENGTH
+            if finish is not None:
+                self.scheduler.remove(request.request_id)
+            events.append(
+                TokenEvent(
+                    request_id=request.request_id,
+                    token_id=choice.token_id,
+                    logprob=choice.logprob,
+                    top_logprobs=list(choice.top_logprobs),
+                    finish=finish,
+                    # Always: a stop string may end the request at any token.
+                    timings=sequence.timings,
+                )
+            )
+        return events
+
+    def _account(self, step: Iterable[Scheduled], started: float, before: "_Spent") -> None:
+        """Adds the step's time and bytes to each of its requests."""
+        elapsed, after = time.monotonic() - started, self._spent()
+        for scheduled in step:
+            sequence, timings = scheduled.sequence, scheduled.sequence.timings
+            if sequence.num_computed == 0:
+                timings.queue_s = started - sequence.arrived
+            if sequence.num_completion_tokens == 0:
+                timings.prefill_s += elapsed
+            else:
+                timings.decode_s += elapsed
+            timings.router_s += after.router_s - before.router_s
+            timings.transfer_s += after.cache.transfer_s - before.cache.transfer_s
+            timings.read_s += after.cache.read_s - before.cache.read_s
+            timings.transfer_bytes += after.cache.transfer_bytes - before.cache.transfer_bytes
+            timings.read_bytes += after.cache.read_bytes - before.cache.read_bytes
+
+    def _spent(self) -> "_Spent":
+        return _Spent(self.model.router_s, replace(self.cache.counters))
+
+    def _expire(self) -> None:
+        """Ends requests whose deadline has passed."""
+        for sequence in self.scheduler.expired(time.monotonic()):
+            stage = (
+                "waiting in the queue"
+                if sequence in self.scheduler.waiting
+                else "prefilling the prompt"
+                if sequence.num_completion_tokens == 0
+                else f"decoding after {sequence.num_completion_tokens} tokens"
+            )
+            error = MoeServerError(
+                f"The deadline passed while {stage}.",
+                "Give it more time, a shorter prompt or fewer new tokens.",
+                reason=Reason.EXPIRED,
+            )
+            self._fail([sequence], error)
+
+    def _fail(self, sequences: Iterable[Sequence], error: MoeServerError) -> None:
+        """Ends requests that cannot go on; the engine can."""
+        for sequence in sequences:
+            request_id = sequence.request.request_id
+            self.scheduler.remove(request_id)
+            self._failed.append(
+                RequestFailed(request_id, error.reason, error.message, error.remedy)
+            )
+
+    def _load(self) -> EngineLoad:
+        blocks, counters = self.scheduler.blocks, self.cache.counters
+        return EngineLoad(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_used=blocks.num_blocks - blocks.num_free,
+            blocks_total=blocks.num_blocks,
+            experts=ExpertCounters(
+                device_hits=counters.device_hits,
+                host_hits=counters.host_hits,
+                disk_reads=counters.disk_reads,
+                transfer_bytes=counters.transfer_bytes,
+                read_bytes=counters.read_bytes,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """What routing and experts have cost so far."""
+
+    router_s: float
+    cache: CacheCounters
+
+
+def _step_input(scheduled: Scheduled) -> StepInput:
+    sequence = scheduled.sequence
+    end = sequence.num_computed + scheduled.num_tokens
+    return StepInput(
+        token_ids=sequence.token_ids[sequence.num_computed : end],
+        num_context=end,
+        block_table=sequence.block_table,
+        wants_logits=scheduled.completes_input,
+    )

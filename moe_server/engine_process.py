@@ -1,0 +1,129 @@
+"""The engine process: `python -m moe_server.engine_process ADDRESS`, started by the supervisor.
+
+Connects to the supervisor's socket, gets the configuration as the first frame, loads, and then
+repeats: drain the inbox, run a step, send what it brought in one message. Sends a heartbeat while
+idle. Ends on Shutdown or when the supervisor is gone; Ctrl-C is the supervisor's business.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+
+import msgspec
+import zmq
+
+from moe_server.budget import plan_memory
+from moe_server.checkpoint import read_checkpoint
+from moe_server.config import Config
+from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import (
+    Cancel,
+    Fatal,
+    FromEngine,
+    Loaded,
+    Progress,
+    Shutdown,
+    Submit,
+    ToEngine,
+)
+
+HEARTBEAT_MS = 500
+PROGRESS_INTERVAL_S = 0.1
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Outbox:
+    """Messages to the supervisor."""
+
+    def __init__(self, socket: "zmq.Socket[bytes]") -> None:
+        self._socket = socket
+        self._encoder = msgspec.msgpack.Encoder()
+        self._last_progress = 0.0
+
+    def send(self, message: FromEngine) -> None:
+        """Hands a message to the socket; never blocks on a slow reader."""
+        self._socket.send(self._encoder.encode(message))
+
+    def progress(self, progress: Progress) -> None:
+        """Sends progress, not more often than somebody can look at it."""
+        now = time.monotonic()
+        complete = progress.bytes_done >= progress.bytes_total
+        if complete or now - self._last_progress >= PROGRESS_INTERVAL_S:
+            self._last_progress = now
+            self.send(progress)
+
+
+def main() -> None:
+    """Runs the process until it is told to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    # What is unread when the process ends must not keep it: the supervisor may be gone.
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.connect(sys.argv[1])
+    outbox = Outbox(socket)
+    status = 0
+    try:
+        _serve(Config.model_validate_json(socket.recv()), socket, outbox)
+    except MoeServerError as error:
+        outbox.send(Fatal.of(error))
+        status = 2
+    except Exception as error:  # noqa: BLE001  the supervisor has to hear of anything that ends us
+        traceback.print_exc()
+        outbox.send(
+            Fatal(Reason.UNAVAILABLE, f"The engine failed: {error!r}.", "See its log.", True)
+        )
+        status = 1
+    finally:
+        socket.close()
+        context.term()
+    sys.stdout.flush()
+    # Interpreter shutdown would wait for threads of libraries that are of no use any more.
+    os._exit(status)
+
+
+def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
+    started = time.monotonic()
+    checkpoint = read_checkpoint(config.model_path)
+    plan = plan_memory(config, checkpoint)
+    outbox.progress(Progress("libraries", 0, 0, 0, 1))
+    # Heavy imports, after the messages that tell the front door we live.
+    from moe_server.engine import Engine  # noqa: PLC0415
+    from moe_server.warmup.preload import preload  # noqa: PLC0415
+
+    engine = Engine(config, checkpoint, plan)
+    preload(engine, config, plan, outbox.progress)
+    outbox.send(Loaded(time.monotonic() - started, plan.num_slots, plan.num_records))
+    decoder = msgspec.msgpack.Decoder(ToEngine)
+    while True:
+        timeout = HEARTBEAT_MS if engine.idle else 0
+        while socket.poll(timeout):
+            timeout = 0
+            match decoder.decode(socket.recv()):
+                case Submit() as request:
+                    engine.submit(request)
+                case Cancel(request_id):
+                    engine.cancel(request_id)
+                case Shutdown():
+                    engine.close()
+                    return
+        outbox.send(engine.step())
+
+
+def _die_with_parent() -> None:
+    """Asks the kernel to kill us when the supervisor dies, however it dies."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("The supervisor is gone.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Keys and values of running requests, in blocks of a fixed number of tokens.
+
+`BlockPool` hands out block numbers and is pure bookkeeping for the scheduler; `PagedKv` is the
+memory. A request's block table lists its blocks in order of position.
+"""
+
+import torch
+
+
+class BlockPool:
+    """Which KV blocks are free.
+
+    Args:
+        num_blocks: Blocks in all.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks))[::-1]
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def take(self, count: int) -> list[int]:
+        """Takes `count` blocks, which must be free."""
+        assert 0 < count <= self.num_free
+        taken = self._free[-count:]
+        del self._free[-count:]
+        return taken
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Frees blocks taken before."""
+        assert not set(blocks) & set(self._free)
+        self._free.extend(blocks)
+
+
+class PagedKv:
+    """Paged keys and values of all layers.
+
+    Args:
+        num_layers: Layers.
+        num_blocks: Blocks in each layer.
+        block_tokens: Tokens in a block.
+        num_kv_heads: Key/value heads.
+        head_dim: Elements of a head.
+        dtype: The activations' dtype.
+        device: Where it lives.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, num_blocks, block_tokens, num_kv_heads, head_dim)
+        self._blocks = torch.empty(shape, dtype=dtype, device=device)
+
+    def write(
+        self, layer: int, positions: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Stores new tokens.
+
+        Args:
+            layer: The layer.
+            positions: int64 (T,): block number * block_tokens + offset in the block.
+            keys: (T, num_kv_heads, head_dim).
+            values: As `keys`.
+        """
+        flat = self._blocks[layer].flatten(1, 2)
+        flat[0].index_copy_(0, positions, keys)
+        flat[1].index_copy_(0, positions, values)
+
+    def gather(
+        self, layer: int, block_table: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of one request's first `num_tokens` tokens, in order.
+
+        Returns:
+            Two tensors (num_tokens, num_kv_heads, head_dim).
+        """
+        blocks = self._blocks[layer].index_select(1, block_table).flatten(1, 2)
+        return blocks[0, :num_tokens], blocks[1, :num_tokens]

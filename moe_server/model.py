@@ -1,0 +1,284 @@
+"""A transformers model that runs the scheduler's batches, with its experts in the expert cache.
+
+transformers builds the architecture; two of its functions are replaced by ours, registered by name:
+attention (ragged, over paged keys and values) and the experts (rows grouped by expert, weights from
+slots). The module is built without storage, its expert parameters are removed, and only the dense
+tensors are read. Knows nothing of requests, text or gRPC: `engine` brings batches and takes logits.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from moe_server import zero3
+from moe_server.attention import ATTENTION_NAME, RaggedBatch, RequestSpan, paged_attention
+from moe_server.checkpoint import Checkpoint
+from moe_server.errors import MoeServerError, Reason
+from moe_server.kernels.experts import swiglu
+from moe_server.kernels.routing import combine, plan_routing
+from moe_server.kv_cache import PagedKv
+from moe_server.offload.cache import ExpertCache
+from moe_server.offload.layout import Segment
+from moe_server.offload.reader import Reader
+
+EXPERTS_NAME = "moe_server_cached"
+
+Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """One request's part of a step, as the scheduler decided it."""
+
+    token_ids: Sequence[int]
+    """Its new tokens, at least one."""
+    num_context: int
+    """Its tokens once these are stored."""
+    block_table: Sequence[int]
+    """KV blocks in order of position, enough for `num_context`."""
+    wants_logits: bool
+    """True where the last new token is to be followed by a sampled one."""
+
+
+class Model:
+    """The model, ready to run steps. One thread only.
+
+    Args:
+        checkpoint: What to load.
+        device: Where it computes.
+        num_blocks: KV blocks.
+        block_tokens: Tokens in a block.
+        cache: The experts.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: torch.device,
+        num_blocks: int,
+        block_tokens: int,
+        cache: ExpertCache,
+    ) -> None:
+        self.router_s = 0.0
+        """Seconds spent on routing since the start: router logits, top-k, plan."""
+        self.cache = cache
+        self.checkpoint = checkpoint
+        self._device = device
+        self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
+        self._block_tokens = block_tokens
+        self._kv = PagedKv(
+            num_layers=checkpoint.num_layers,
+            num_blocks=num_blocks,
+            block_tokens=block_tokens,
+            num_kv_heads=checkpoint.num_kv_heads,
+            head_dim=checkpoint.head_dim,
+            dtype=self._dtype,
+            device=device,
+        )
+        self._module = _build_module(checkpoint, device)
+        for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
+            self._attach(number, layer.get_submodule("mlp"))
+        self._forward: Callable[..., Any] = self._module
+
+    def load_dense(self, reader: Reader, progress: Callable[[int], None]) -> None:
+        """Reads the dense weights.
+
+        Args:
+            reader: Reads the bytes.
+            progress: Called with the bytes read so far.
+
+        Raises:
+            MoeServerError: A read failed.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        done = 0
+        for name, location in self.checkpoint.dense.items():
+            tensor = torch.empty(location.shape, dtype=self._dtype)
+            part = Segment(location.file, location.offset, location.nbytes, 0)
+            reader.submit([part], tensor.data_ptr()).wait()
+            tensors[name] = tensor.to(self._device)
+            done += location.nbytes
+            progress(done)
+        result = self._module.load_state_dict(tensors, strict=False, assign=True)
+        tied: Any = self._module
+        tied.tie_weights()
+        unset = [name for name, parameter in self._module.named_parameters() if parameter.is_meta]
+        if unset or result.unexpected_keys:
+            raise MoeServerError(
+                f"transformers' {self.checkpoint.architecture} has other parameters than expected: "
+                f"missing {unset[:3]}, unexpected {result.unexpected_keys[:3]}.",
+                "Install the transformers version of constraints.txt.",
+                reason=Reason.UNSUPPORTED,
+            )
+        self._module.requires_grad_(requires_grad=False)
+
+    def use_zero3(self, config_file: Path | None) -> None:
+        """Hands the dense weights to DeepSpeed ZeRO-3; see `zero3.wrap`."""
+        self._forward = zero3.wrap(self._module, self._dtype, self._device, config_file)
+
+    @torch.inference_mode()
+    def forward(self, batch: Sequence[StepInput]) -> torch.Tensor:
+        """Runs one step.
+
+        Returns:
+            float32 (rows, vocab_size): logits of the requests that want them, in order.
+
+        Raises:
+            MoeServerError: An expert could not be read. The step can be repeated.
+        """
+        token_ids: list[int] = []
+        positions: list[int] = []
+        spans: list[RequestSpan] = []
+        kv_positions: list[int] = []
+        last_rows: list[int] = []
+        for request in batch:
+            first = request.num_context - len(request.token_ids)
+            new_positions = range(first, request.num_context)
+            spans.append(
+                RequestSpan(
+                    start=len(token_ids),
+                    num_new=len(request.token_ids),
+                    num_context=request.num_context,
+                    block_table=self._tensor(request.block_table),
+                )
+            )
+            token_ids.extend(request.token_ids)
+            positions.extend(new_positions)
+            kv_positions.extend(
+                request.block_table[position // self._block_tokens] * self._block_tokens
+                + position % self._block_tokens
+                for position in new_positions
+            )
+            if request.wants_logits:
+                last_rows.append(len(token_ids) - 1)
+        output = self._forward(
+            input_ids=self._tensor(token_ids)[None],
+            position_ids=self._tensor(positions)[None],
+            use_cache=False,
+            logits_to_keep=self._tensor(last_rows),
+            ragged_batch=RaggedBatch(spans, self._kv, self._tensor(kv_positions)),
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+    def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int64, device=self._device)
+
+    def _run_experts(
+        self,
+        layer: int,
+        activation: Activation,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts of one layer.
+
+        Args:
+            layer: Its number.
+            activation: The gate's activation.
+            hidden_states: (T, H).
+            top_k_index: int64 (T, K).
+            top_k_weights: float32 (T, K).
+
+        Returns:
+            (T, H).
+        """
+        started = time.perf_counter()
+        plan = plan_routing(top_k_index, self.checkpoint.num_experts)
+        self.router_s += time.perf_counter() - started
+        num_picks = top_k_index.numel()
+        outputs = hidden_states.new_empty(num_picks, hidden_states.shape[1])
+        picks_of = {
+            expert: plan.order[start:end]
+            for expert, start, end in zip(
+                plan.experts, plan.offsets, plan.offsets[1:], strict=False
+            )
+        }
+        for group in self.cache.acquire(layer, plan.experts):
+            for expert, slot in group:
+                picks = picks_of[expert]
+                rows = hidden_states[picks // top_k_index.shape[1]]
+                outputs[picks] = self._run_expert(activation, rows, slot)
+        return combine(outputs, top_k_index, top_k_weights)
+
+    def touch_expert(self, layer: int, expert: int) -> None:
+        """Brings an expert to the device and computes one row with it.
+
+        Raises:
+            MoeServerError: It could not be read.
+        """
+        experts: Any = self._module.get_submodule(f"model.layers.{layer}.mlp.experts")
+        row = torch.zeros(1, self.checkpoint.hidden_size, dtype=self._dtype, device=self._device)
+        with torch.inference_mode():
+            for [(_, slot)] in self.cache.acquire(layer, [expert]):
+                self._run_expert(experts.act_fn, row, slot)
+
+    def _run_expert(self, activation: Activation, rows: torch.Tensor, slot: int) -> torch.Tensor:
+        return swiglu(
+            rows,
+            self.cache.slot(slot),
+            intermediate_size=self.checkpoint.intermediate_size,
+            w2_offset=self.checkpoint.record_layout.w2_offset,
+            activation=activation,
+        )
+
+    def _attach(self, layer: int, block: nn.Module) -> None:
+        """Gives a layer's sparse block our experts, and times its router."""
+        experts: Any = block.get_submodule("experts")
+        for name in [name for name, _ in experts.named_parameters()]:
+            delattr(experts, name)
+        experts.run_cached = partial(self._run_experts, layer, experts.act_fn)
+        started = 0.0
+
+        def before(_module: nn.Module, _args: object) -> None:
+            nonlocal started
+            started = time.perf_counter()
+
+        def after(_module: nn.Module, _args: object, _output: object) -> None:
+            self.router_s += time.perf_counter() - started
+
+        gate = block.get_submodule("gate")
+        gate.register_forward_pre_hook(before)
+        gate.register_forward_hook(after)
+
+
+def _cached_experts(experts: Any, *args: torch.Tensor) -> torch.Tensor:
+    """What transformers calls for every experts module; each carries its own."""
+    output: torch.Tensor = experts.run_cached(*args)
+    return output
+
+
+def _build_module(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """The transformers module with its dense parameters on `meta`, calling our two functions."""
+    # transformers looks for missing pieces on the hub; a served directory has all it needs.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers  # noqa: PLC0415
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: PLC0415
+
+    transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _cached_experts)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    # Some rope types read it and do not fall back to hidden_size / heads.
+    config.head_dim = checkpoint.head_dim
+    config.output_router_logits = False
+    with torch.device("meta"):
+        module: nn.Module = transformers.AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, checkpoint.dtype),
+            attn_implementation=ATTENTION_NAME,
+            experts_implementation=EXPERTS_NAME,
+        )
+    # Rotary frequencies are computed, not stored, and float32 whatever the model's dtype.
+    base: Any = module.get_submodule("model")
+    with torch.device(device):
+        base.rotary_emb = type(base.rotary_emb)(config)
+    return module.eval()

@@ -1,0 +1,40 @@
+"""A request inside the engine."""
+
+from dataclasses import dataclass, field
+
+from moe_server.messages import Submit, Timings
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A request's tokens and how far the engine has come with them."""
+
+    request: Submit
+    arrived: float
+    """`time.monotonic()` when the engine read it."""
+    token_ids: list[int]
+    """Prompt and completion."""
+    num_computed: int = 0
+    """Tokens whose keys and values are stored. Written by `Scheduler.advance`."""
+    block_table: list[int] = field(default_factory=list)
+    """KV blocks in order of position. Written by the scheduler."""
+    timings: Timings = field(default_factory=Timings)
+    """Written by the engine after each step."""
+
+    @classmethod
+    def of(cls, request: Submit, now: float) -> "Sequence":
+        return cls(request, now, list(request.token_ids))
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens still to be run through the model: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens it can grow to."""
+        return len(self.request.token_ids) + self.request.max_new_tokens

@@ -1,0 +1,50 @@
+"""The engine's half of a start: dense weights, then every expert once, reported byte by byte.
+
+Runs in the engine process before its first step, on the engine's own objects. What it proves is
+that every byte can be read and every expert computed; how fast requests then are is for the probes.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from moe_server.budget import MemoryPlan
+from moe_server.config import Config
+from moe_server.engine import Engine
+from moe_server.messages import Progress
+
+STAGES = ("dense weights", "experts")
+
+
+class Report(Protocol):
+    """Where progress goes."""
+
+    def __call__(self, progress: Progress) -> None: ...
+
+
+def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) -> None:
+    """Loads the dense weights and touches every expert.
+
+    Experts are touched in the order of layers; with more experts than slots every layer ends with
+    its share of them on the device.
+
+    Raises:
+        MoeServerError: A read failed.
+    """
+    checkpoint = engine.model.checkpoint
+    experts_total = plan.num_experts_total * plan.expert_bytes
+
+    def progress(stage: int, total: int) -> Callable[[int], None]:
+        def said(done: int) -> None:
+            report(Progress(STAGES[stage], stage + 1, len(STAGES), done, total))
+
+        said(0)
+        return said
+
+    engine.model.load_dense(engine.reader, progress(0, checkpoint.dense_bytes))
+    if config.dense_backend == "zero3":
+        engine.model.use_zero3(config.zero3_config)
+    touched = progress(1, experts_total)
+    for layer in range(checkpoint.num_layers):
+        for expert in range(checkpoint.num_experts):
+            engine.model.touch_expert(layer, expert)
+            touched((layer * checkpoint.num_experts + expert + 1) * plan.expert_bytes)
