@@ -106,7 +106,8 @@ class Config(Section):
     listen: str = "127.0.0.1:50051"
     """HOST:PORT for clients; port 0 takes a free one."""
     admin_listen: str = ""
-    """HOST:PORT for AdminService alone; empty: on `listen`, changes from loopback peers only."""
+    """HOST:PORT of a second listener, where AdminService takes changes from anyone who reaches it.
+    On `listen`, changes are taken from loopback peers only."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where it computes. On a CPU the device budget is RAM."""

@@ -1,0 +1,5 @@
+"""`python -m moe_server` is `moe-server`."""
+
+from moe_server.cli import main
+
+main()

@@ -1,0 +1,177 @@
+"""A small blocking client; the commands use it, and it is an example of how to write one.
+
+    with Client("127.0.0.1:50051") as client:
+        for event in client.generate_stream("Once upon a time"):
+            print(event.delta.text, end="", flush=True)
+
+Turns failed RPCs into MoeServerErrors whose remedy comes from the status details.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.status_pb2 import Status
+
+from moe_server.errors import MoeServerError, Reason
+from moe_server.proto.moe_server.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+MAX_RECEIVE_BYTES = 64 * 2**20
+
+REASONS = {
+    "NOT_FOUND": Reason.NOT_FOUND,
+    "FAILED_PRECONDITION": Reason.UNSUPPORTED,
+    "RESOURCE_EXHAUSTED": Reason.EXHAUSTED,
+    "UNAVAILABLE": Reason.UNAVAILABLE,
+    "DEADLINE_EXCEEDED": Reason.EXPIRED,
+}
+
+
+class UnreachableError(MoeServerError):
+    """Nobody answers at the target, or not a moe-server."""
+
+
+class Client:
+    """A connection to one server; made lazily, re-made when lost.
+
+    Args:
+        target: HOST:PORT, or unix:PATH.
+        timeout_s: For every call but generation.
+    """
+
+    def __init__(self, target: str = "127.0.0.1:50051", timeout_s: float = 10.0) -> None:
+        self.target = target
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(
+            target, options=[("grpc.max_receive_message_length", MAX_RECEIVE_BYTES)]
+        )
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._channel.close()
+
+    def generate_stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        sampling: generation_pb2.Sampling | None = None,
+        stopping: generation_pb2.Stopping | None = None,
+        output: generation_pb2.Output | None = None,
+        timeout_s: float | None = None,
+    ) -> Iterator[generation_pb2.GenerateStreamResponse]:
+        """Yields `started`, `delta`s, `finished`. Leaving the iteration early cancels the request.
+
+        Args:
+            prompt: Text, or token ids.
+            sampling: Absent: greedy.
+            stopping: Absent: the server's default length.
+            output: What to return beside tokens.
+            timeout_s: The deadline; absent: none.
+
+        Raises:
+            MoeServerError: The server refused or failed; UnreachableError where there is none.
+        """
+        request = generation_pb2.GenerateStreamRequest(
+            sampling=sampling, stopping=stopping, output=output
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        with self._readable_errors():
+            call = self._generation.GenerateStream(request, timeout=timeout_s)
+            try:
+                yield from call
+            finally:
+                call.cancel()
+
+    def status(self) -> admin_pb2.GetServerStatusResponse:
+        """State, memory and counters."""
+        with self._readable_errors():
+            response: admin_pb2.GetServerStatusResponse = self._admin.GetServerStatus(
+                admin_pb2.GetServerStatusRequest(), timeout=self._timeout_s
+            )
+            return response
+
+    def model(self, name: str = "") -> model_pb2.Model:
+        """One model; the server's only one without a name."""
+        with self._readable_errors():
+            response: model_pb2.GetModelResponse = self._models.GetModel(
+                model_pb2.GetModelRequest(name=name), timeout=self._timeout_s
+            )
+            return response.model
+
+    def drain(self, wait_s: float = 0.0) -> int:
+        """Makes the server refuse new requests; returns how many still run after `wait_s`."""
+        request = admin_pb2.DrainRequest()
+        request.wait.FromNanoseconds(round(wait_s * 1e9))
+        with self._readable_errors():
+            response: admin_pb2.DrainResponse = self._admin.Drain(
+                request, timeout=self._timeout_s + wait_s
+            )
+            return response.remaining_requests
+
+    def undrain(self) -> None:
+        """Makes the server accept requests again."""
+        with self._readable_errors():
+            self._admin.Undrain(admin_pb2.UndrainRequest(), timeout=self._timeout_s)
+
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _readable(error, self.target) from None
+
+
+def _readable(error: grpc.RpcError, target: str) -> MoeServerError:
+    code: str = error.code().name
+    message: str = error.details() or code
+    trailing: dict[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
+    # Our server's errors carry details. Without them the transport speaks, or someone else.
+    if STATUS_DETAILS_KEY not in trailing:
+        if code in ("UNAVAILABLE", "UNIMPLEMENTED", "DEADLINE_EXCEEDED"):
+            return UnreachableError(
+                f"No moe-server answers at {target}: {message}.",
+                "Check --target, and that `moe-server serve` runs there.",
+                reason=Reason.UNAVAILABLE,
+            )
+        return MoeServerError(f"{code}: {message}", reason=REASONS.get(code, Reason.INVALID))
+    remedies: list[str] = []
+    field = ""
+    for detail in Status.FromString(trailing[STATUS_DETAILS_KEY]).details:
+        retry, bad_request = RetryInfo(), BadRequest()
+        if detail.Unpack(retry):
+            remedies.append(f"Retry after {retry.retry_delay.ToTimedelta().total_seconds():g} s.")
+        elif detail.Unpack(bad_request):
+            fields = [violation.field for violation in bad_request.field_violations]
+            field = ", ".join(name for name in fields if name)
+    if field:
+        remedies.append(f"Field: {field}.")
+    return MoeServerError(
+        f"{code}: {message}",
+        " ".join(remedies),
+        reason=REASONS.get(code, Reason.INVALID),
+        field=field,
+    )

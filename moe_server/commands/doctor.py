@@ -1,0 +1,237 @@
+"""`moe-server doctor`: what this machine has and lacks, each with the remedy.
+
+Works where things are missing; that is what it is for. It imports none of what it checks.
+"""
+
+import json
+import os
+import platform
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from moe_server.commands.format import format_bytes
+
+PACKAGES = ("torch", "transformers", "deepspeed", "safetensors", "grpcio", "pyzmq", "tokenizers")
+OPTIONAL_PACKAGES = ("triton", "sentencepiece")
+MIN_TORCH = (2, 11)
+LOW_MEMORY_BYTES = 2 * 2**30
+LOW_DISK_BYTES = 5 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    check: str
+    is_ok: bool
+    found: str
+    remedy: str = ""
+
+
+@click.command(epilog="Example: moe-server doctor --json")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(*, as_json: bool) -> None:
+    """Check this machine: libraries, CPU, memory, disk and GPU.
+
+    A warning says what would work less well and what to do; the exit code is 0 all the same.
+    """
+    findings = [finding for check in CHECKS for finding in _safely(check)]
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings]))
+        return
+    width = max(len(finding.check) for finding in findings)
+    for finding in findings:
+        verdict = "ok  " if finding.is_ok else "warn"
+        click.echo(f"{verdict}  {finding.check:<{width}}  {finding.found}")
+        if finding.remedy:
+            click.echo(f"      {'':<{width}}  -> {finding.remedy}")
+
+
+def _safely(check: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        return check()
+    except (OSError, ValueError) as error:
+        name = check.__name__.removeprefix("check_")
+        return [Finding(name, is_ok=False, found=f"cannot be told: {error}")]
+
+
+def check_python() -> list[Finding]:
+    """The interpreter."""
+    version = platform.python_version_tuple()
+    is_ok = (int(version[0]), int(version[1])) >= (3, 11)
+    return [
+        Finding(
+            "python",
+            is_ok,
+            platform.python_version(),
+            "" if is_ok else "Use Python 3.11 or newer.",
+        )
+    ]
+
+
+def check_packages() -> list[Finding]:
+    """Libraries, installed or not."""
+    findings = []
+    for name in (*PACKAGES, *OPTIONAL_PACKAGES):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            is_optional = name in OPTIONAL_PACKAGES
+            findings.append(
+                Finding(
+                    name,
+                    is_optional,
+                    "not installed" + (" (optional)" if is_optional else ""),
+                    "" if is_optional else f"pip install {name}",
+                )
+            )
+            continue
+        is_old = name == "torch" and _numbers(version) < MIN_TORCH
+        remedy = f"moe-server needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}." if is_old else ""
+        findings.append(Finding(name, not is_old, version, remedy))
+    return findings
+
+
+def check_cpu() -> list[Finding]:
+    """Cores this process may use, and instruction sets."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            flags = set(line.partition(":")[2].split())
+            break
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    has = [name for name in wanted if name in flags]
+    usable = len(os.sched_getaffinity(0))
+    return [
+        Finding("CPU cores", is_ok=True, found=f"{usable} usable of {os.cpu_count()}"),
+        Finding(
+            "CPU features",
+            "avx2" in flags,
+            " ".join(has) or "none of " + " ".join(wanted),
+            "" if "avx2" in flags else "Computing on this CPU will be slow; use one with AVX2.",
+        ),
+    ]
+
+
+def check_memory() -> list[Finding]:
+    """What the kernel would give."""
+    meminfo = {
+        name: int(rest.split()[0]) * 1024
+        for name, _, rest in (
+            line.partition(":")
+            for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        )
+    }
+    available, total = meminfo["MemAvailable"], meminfo["MemTotal"]
+    is_ok = available >= LOW_MEMORY_BYTES
+    return [
+        Finding(
+            "memory",
+            is_ok,
+            f"{format_bytes(available)} available of {format_bytes(total)}",
+            "" if is_ok else "Free memory, or give small --device-memory and --host-memory.",
+        )
+    ]
+
+
+def check_cgroup() -> list[Finding]:
+    """The limit of the container, version 2 or 1."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        file = Path(path)
+        if not file.exists():
+            continue
+        text = file.read_text(encoding="utf-8").strip()
+        # Version 1 writes "no limit" as a number close to 2**63.
+        if text == "max" or int(text) > 2**60:
+            return [Finding("cgroup memory limit", is_ok=True, found="none")]
+        return [
+            Finding(
+                "cgroup memory limit",
+                is_ok=True,
+                found=f"{format_bytes(int(text))}; it counts both processes and the page cache "
+                "they dirty",
+            )
+        ]
+    return [Finding("cgroup memory limit", is_ok=True, found="no cgroup found")]
+
+
+def check_memlock() -> list[Finding]:
+    """How much memory may be pinned."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return [Finding("memlock limit", is_ok=True, found="unlimited")]
+    return [
+        Finding(
+            "memlock limit",
+            is_ok=False,
+            found=format_bytes(soft),
+            remedy="Pinned host memory may be refused: `ulimit -l unlimited`, LimitMEMLOCK= in "
+            "systemd, or CAP_IPC_LOCK in a container.",
+        )
+    ]
+
+
+def check_disk() -> list[Finding]:
+    """Room, and whether reads can pass the page cache by."""
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free
+    is_ok = free >= LOW_DISK_BYTES
+    remedy = "" if is_ok else "A packed or synthetic checkpoint may not fit here."
+    return [Finding("free disk", is_ok, f"{format_bytes(free)} at {here}", remedy), _direct(here)]
+
+
+def _direct(folder: Path) -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-server-") as file:
+            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+    except OSError as error:
+        return Finding(
+            "O_DIRECT",
+            is_ok=False,
+            found=f"refused at {folder}: {error.strerror}",
+            remedy="Keep checkpoints on a file system with O_DIRECT (ext4, xfs); otherwise reads "
+            "go through the page cache.",
+        )
+    return Finding("O_DIRECT", is_ok=True, found=f"works at {folder}")
+
+
+def check_gpu() -> list[Finding]:
+    """NVIDIA devices, as the driver sees them."""
+    # Asking torch would import it, which takes seconds; the driver's files say as much.
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists():
+        return [Finding("GPU", is_ok=True, found="no NVIDIA driver; --device cpu works")]
+    num_devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return [
+        Finding(
+            "GPU",
+            num_devices > 0,
+            f"{num_devices} NVIDIA device(s)",
+            "" if num_devices else "Is a device passed to this container?",
+        )
+    ]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(
+        int(part) for part in version.split("+", maxsplit=1)[0].split(".")[:2] if part.isdigit()
+    )
+
+
+CHECKS = (
+    check_python,
+    check_packages,
+    check_cpu,
+    check_memory,
+    check_cgroup,
+    check_memlock,
+    check_disk,
+    check_gpu,
+)

@@ -1,0 +1,183 @@
+"""`moe-server generate`: a completion in the terminal, and where its time and bytes went."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+from google.protobuf.duration_pb2 import Duration
+
+from moe_server.client import Client
+from moe_server.commands.format import format_bytes, format_seconds, print_table
+from moe_server.errors import MoeServerError
+from moe_server.proto.moe_server.v1 import generation_pb2 as pb
+
+
+@dataclass(slots=True)
+class Completion:
+    """What came back, and when. Times are `time.perf_counter()` seconds."""
+
+    sent: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    """When the first token arrived."""
+    last: float | None = None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    started: pb.Started = field(default_factory=pb.Started)
+    finished: pb.Finished = field(default_factory=pb.Finished)
+
+    def take(self, event: pb.GenerateStreamResponse) -> None:
+        """Adds one event of the stream."""
+        match event.WhichOneof("event"):
+            case "started":
+                self.started = event.started
+            case "delta":
+                self.last = time.perf_counter()
+                self.first = self.first or self.last
+                self.text += event.delta.text
+                self.token_ids += event.delta.token_ids
+            case _:
+                self.finished = event.finished
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token."""
+        return self.first - self.sent if self.first else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """After the first token."""
+        if self.first is None or self.last is None or self.last <= self.first:
+            return None
+        return (self.finished.usage.completion_tokens - 1) / (self.last - self.first)
+
+
+@click.command(
+    epilog="Example: moe-server generate 'Once upon a time' --max-new-tokens 40 --temperature 0.7"
+)
+@click.argument("text", required=False)
+@click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT")
+@click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids, instead of TEXT.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the server's.")
+@click.option("--temperature", type=float, help="0 or absent: greedy.")
+@click.option("--top-k", type=click.IntRange(0, 2**32 - 1), help="Keep the k most likely tokens.")
+@click.option("--top-p", type=float, help="Keep the smallest set of this probability.")
+@click.option("--min-p", type=float, help="Drop tokens less likely than this times the best.")
+@click.option("--repetition-penalty", type=float)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Absent: the server draws one.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-sequence token.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="The request's deadline.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a stream.")
+def generate(  # click passes keywords
+    text: str | None,
+    target: str,
+    token_ids: str | None,
+    max_new_tokens: int | None,
+    stop: tuple[str, ...],
+    timeout: float | None,
+    *,
+    ignore_eos: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Complete TEXT, streaming to stdout; then say on stderr where time and bytes went.
+
+    Without a TEXT that the served checkpoint could tokenise, give --token-ids; token ids are then
+    printed. Ctrl-C cancels the request.
+    """
+    if (text is None) == (token_ids is None):
+        raise MoeServerError("Give either TEXT or --token-ids.")
+    prompt = _parse_ids(token_ids or "") if text is None else _checked(text)
+    completion = Completion()
+    with Client(target) as client:
+        for event in client.generate_stream(
+            prompt,
+            sampling=pb.Sampling(**sampling),
+            stopping=pb.Stopping(
+                max_new_tokens=max_new_tokens, stop_sequences=stop, ignore_eos=ignore_eos
+            ),
+            timeout_s=timeout,
+        ):
+            completion.take(event)
+            if not as_json and event.HasField("delta"):
+                ids = " ".join(map(str, event.delta.token_ids))
+                sys.stdout.write(event.delta.text if text is not None else f"{ids} ")
+                sys.stdout.flush()
+    if as_json:
+        click.echo(json.dumps(_as_json(completion)))
+        return
+    click.echo()
+    print_table(_rows(completion))
+
+
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise MoeServerError("TEXT is not valid UTF-8.") from None
+    return text
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        ids = [int(part) for part in text.split(",")]
+    except ValueError:
+        ids = [-1]
+    if not all(0 <= token_id < 2**32 for token_id in ids):
+        raise MoeServerError(f"--token-ids {text!r} is not a list of token ids like 1,2,3.")
+    return ids
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.ToNanoseconds() / 1e9
+
+
+def _rows(completion: Completion) -> list[tuple[str, str]]:
+    usage, timings = completion.finished.usage, completion.finished.timings
+    rate = completion.tokens_per_second
+    reason = pb.FinishReason.Name(completion.finished.reason)
+    return [
+        ("finished", reason.removeprefix("FINISH_REASON_").lower()),
+        ("tokens", f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new"),
+        ("time to first token", format_seconds(completion.ttft_s)),
+        ("tokens/s after it", f"{rate:.2f}" if rate else "-"),
+        ("queue", format_seconds(_seconds(timings.queue))),
+        ("prefill", format_seconds(_seconds(timings.prefill))),
+        ("decode", format_seconds(_seconds(timings.decode))),
+        ("  of both: router", format_seconds(_seconds(timings.router))),
+        ("  expert transfer", _moved(timings.expert_transfer, timings.expert_transfer_bytes)),
+        ("  expert read", _moved(timings.expert_read, timings.expert_read_bytes)),
+    ]
+
+
+def _moved(took: Duration, num_bytes: int) -> str:
+    return f"{format_seconds(_seconds(took))}  {format_bytes(num_bytes)}"
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    usage, timings = completion.finished.usage, completion.finished.timings
+    seconds = {
+        f"{name}_s": _seconds(getattr(timings, name))
+        for name in ("queue", "prefill", "decode", "router", "expert_transfer", "expert_read")
+    }
+    byte_counts = {
+        "expert_transfer_bytes": timings.expert_transfer_bytes,
+        "expert_read_bytes": timings.expert_read_bytes,
+    }
+    reason = pb.FinishReason.Name(completion.finished.reason)
+    return {
+        "request_id": completion.started.request_id,
+        "model": completion.started.model,
+        "seed": completion.started.seed,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": reason.removeprefix("FINISH_REASON_").lower(),
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "ttft_s": completion.ttft_s,
+        "tokens_per_second": completion.tokens_per_second,
+        "timings": {**seconds, **byte_counts},
+    }

@@ -1,0 +1,91 @@
+"""`moe-server status`, `drain` and `undrain`: what an operator asks of a running server."""
+
+import json
+
+import click
+from google.protobuf.json_format import MessageToDict
+
+from moe_server.client import Client
+from moe_server.commands.format import format_bytes, format_seconds, print_table
+from moe_server.commands.startup import state_name
+from moe_server.proto.moe_server.v1 import admin_pb2 as pb
+
+TARGET = click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT")
+
+
+@click.command(epilog="Example: moe-server status --target 10.0.0.7:50051 --json")
+@TARGET
+@click.option("--json", "as_json", is_flag=True, help="Print GetServerStatusResponse as JSON.")
+def status(target: str, *, as_json: bool) -> None:
+    """Show state, memory and load of a running server."""
+    with Client(target) as client:
+        response = client.status()
+    if as_json:
+        fields = MessageToDict(
+            response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        click.echo(json.dumps(fields))
+        return
+    print_table(_rows(response), to_stdout=True)
+
+
+@click.command(epilog="Example: moe-server drain --wait 60")
+@TARGET
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="Wait this long for accepted requests to finish.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def drain(target: str, wait: float, *, as_json: bool) -> None:
+    """Make a server refuse new requests; `moe-server undrain` ends it.
+
+    Taken from the same machine, or on the server's admin listener.
+    """
+    with Client(target) as client:
+        remaining = client.drain(wait)
+    click.echo(
+        json.dumps({"remaining_requests": remaining})
+        if as_json
+        else f"draining; {remaining} requests still running"
+    )
+
+
+@click.command(epilog="Example: moe-server undrain")
+@TARGET
+def undrain(target: str) -> None:
+    """Make a drained server accept requests again."""
+    with Client(target) as client:
+        client.undrain()
+    click.echo("accepting requests")
+
+
+def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
+    memory, experts, load = response.memory, response.experts, response.load
+    needed = experts.device_hits + experts.host_hits + experts.disk_reads
+    hit_rate = f"{experts.device_hits / needed:.1%}" if needed else "-"
+    return [
+        ("state", f"{state_name(response)}  {response.reason}".rstrip()),
+        ("startup", response.startup.stage),
+        ("model", response.model),
+        ("version", response.version),
+        ("uptime", format_seconds(response.uptime.ToNanoseconds() / 1e9)),
+        ("engine restarts", str(response.engine_restarts)),
+        ("requests", f"{load.running_requests} running, {load.waiting_requests} waiting"),
+        ("KV blocks", f"{load.kv_blocks_used} of {load.kv_blocks_total}"),
+        ("device budget", format_bytes(memory.device_budget_bytes)),
+        ("  dense weights", format_bytes(memory.dense_bytes)),
+        ("  KV cache", format_bytes(memory.kv_bytes)),
+        ("  workspace", format_bytes(memory.workspace_bytes)),
+        ("  expert slots", format_bytes(memory.expert_slots_bytes)),
+        ("  experts in them", f"{memory.expert_slots} of {memory.experts}"),
+        ("host records", format_bytes(memory.host_records_bytes)),
+        ("  experts in them", f"{memory.host_records} of {memory.experts}"),
+        ("experts found on device", hit_rate),
+        ("  in host memory", str(experts.host_hits)),
+        ("  on disk", str(experts.disk_reads)),
+        ("moved to the device", format_bytes(experts.transfer_bytes)),
+        ("read from disk", format_bytes(experts.read_bytes)),
+    ]

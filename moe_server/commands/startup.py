@@ -1,0 +1,99 @@
+"""Watching a server become ready, with a bar on a terminal and lines otherwise."""
+
+import sys
+import time
+from typing import Self
+
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moe_server.client import Client, UnreachableError
+from moe_server.errors import MoeServerError, Reason
+from moe_server.proto.moe_server.v1 import admin_pb2 as pb
+
+log = structlog.get_logger(__name__)
+
+POLL_S = 0.25
+
+
+class NotReadyError(MoeServerError):
+    """The server did not become ready in time, or said that it never will."""
+
+
+def state_name(status: pb.GetServerStatusResponse) -> str:
+    """For example "ready"."""
+    return pb.ServerState.Name(status.state).removeprefix("SERVER_STATE_").lower()
+
+
+def wait_ready(client: Client, timeout_s: float) -> pb.GetServerStatusResponse:
+    """Waits until the server is READY, showing how far it is.
+
+    Raises:
+        NotReadyError: It FAILED, or was not READY in time.
+        UnreachableError: It could not be reached in all that time.
+    """
+    deadline = time.monotonic() + timeout_s
+    status = None
+    with _Display() as display:
+        while True:
+            unreachable = None
+            try:
+                status = client.status()
+            except UnreachableError as error:
+                unreachable = error
+            if status is not None:
+                display.show(status)
+                if status.state == pb.SERVER_STATE_READY:
+                    return status
+                if status.state == pb.SERVER_STATE_FAILED:
+                    raise NotReadyError(
+                        f"The server failed to start: {status.reason}", reason=Reason.UNAVAILABLE
+                    )
+            if time.monotonic() >= deadline:
+                if status is None and unreachable is not None:
+                    raise unreachable
+                state = state_name(status) if status is not None else "unreachable"
+                stage = f" ({status.startup.stage})" if status is not None else ""
+                raise NotReadyError(
+                    f"The server was still {state}{stage} after {timeout_s:g} s.",
+                    "Wait longer with --timeout; `moe-server status` says how far it is.",
+                    reason=Reason.UNAVAILABLE,
+                )
+            time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+class _Display:
+    """A progress bar on a terminal, one log line for each new stage otherwise."""
+
+    def __init__(self) -> None:
+        self._last = ""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("connecting", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, status: pb.GetServerStatusResponse) -> None:
+        startup = status.startup
+        description = f"{state_name(status)}: {startup.stage}".rstrip(": ")
+        self._progress.update(
+            self._task,
+            description=description,
+            completed=startup.bytes_done,
+            total=startup.bytes_total or None,
+        )
+        if self._progress.disable and description != self._last:
+            log.info("startup", state=state_name(status), stage=startup.stage)
+        self._last = description

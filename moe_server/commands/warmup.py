@@ -1,0 +1,131 @@
+"""`moe-server warmup`: for deployments; succeeds only on proof that a server keeps its limits."""
+
+import asyncio
+import json
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+import structlog
+
+from moe_server.client import Client, UnreachableError
+from moe_server.commands.startup import NotReadyError, state_name, wait_ready
+from moe_server.config import WarmupConfig
+from moe_server.errors import MoeServerError, Reason
+from moe_server.warmup.probe import Probe, ProbeShape, missed_limits, send_probe
+
+__all__ = ["LimitMissedError", "NotReadyError", "warmup"]
+
+log = structlog.get_logger(__name__)
+
+NUM_PROBES = 3
+
+
+class LimitMissedError(MoeServerError):
+    """A probe took longer than allowed."""
+
+
+@click.command(
+    epilog="Example: moe-server warmup --target 127.0.0.1:50051 --max-ttft-ms 500 --timeout 900 "
+    "--report warmup.json"
+)
+@click.option("--target", required=True, metavar="HOST:PORT")
+@click.option("--max-ttft-ms", type=click.FloatRange(min=0, min_open=True), metavar="N")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long to wait for READY; each probe may take as long again.",
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON report here."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report to stdout.")
+def warmup(
+    target: str, max_ttft_ms: float | None, timeout: float, report: Path | None, *, as_json: bool
+) -> None:
+    """Wait until a server is READY, then prove it with real requests of our own.
+
+    Exits with 0 only if it became ready within --timeout seconds and every probe kept the limit;
+    3: no server there, 4: not ready in time or failed, 5: a probe missed the limit.
+    """
+    findings: dict[str, Any] = {
+        "target": target,
+        "passed": False,
+        "error": "",
+        "state": "unreachable",
+        "max_ttft_ms": max_ttft_ms,
+        "probes": [],
+    }
+    try:
+        _prove(target, max_ttft_ms, timeout, findings)
+        findings["passed"] = True
+    except MoeServerError as error:
+        findings["error"] = str(error)
+        raise
+    finally:
+        text = json.dumps(findings, indent=2)
+        if report is not None:
+            _write(report, text)
+        if as_json:
+            click.echo(text)
+
+
+def _prove(
+    target: str, max_ttft_ms: float | None, timeout_s: float, findings: dict[str, Any]
+) -> None:
+    with Client(target) as client:
+        status = wait_ready(client, timeout_s)
+        model = client.model()
+    findings["state"] = state_name(status)
+    findings["model"] = model.name
+    findings["startup_s"] = status.startup.elapsed.ToNanoseconds() / 1e9
+    defaults = WarmupConfig()
+    shape = ProbeShape.fitting(
+        defaults.prompt_tokens,
+        defaults.new_tokens,
+        vocab_size=model.vocab_size,
+        max_request_tokens=model.max_context_tokens,
+    )
+    for index in range(1, NUM_PROBES + 1):
+        probe = asyncio.run(_probe(target, shape, timeout_s))
+        findings["probes"].append(asdict(probe))
+        log.info("probe", index=index, of=NUM_PROBES, ttft_ms=round(1000 * probe.ttft_s, 2))
+        missed = missed_limits(probe, max_ttft_ms, None)
+        if missed:
+            raise LimitMissedError(
+                f"Probe {index} of {NUM_PROBES}: {missed}.",
+                "Give the server more memory, or raise --max-ttft-ms.",
+            )
+
+
+async def _probe(target: str, shape: ProbeShape, timeout_s: float) -> Probe:
+    async with grpc.aio.insecure_channel(target) as channel:
+        try:
+            # Connecting is no part of a request's time to first token.
+            await asyncio.wait_for(channel.channel_ready(), timeout_s)
+            # A fresh seed: a prompt that was sent before could find its experts cached.
+            return await send_probe(channel, shape, secrets.randbits(32), timeout_s=timeout_s)
+        except TimeoutError:
+            raise UnreachableError(
+                f"{target} was lost after it had become ready.", reason=Reason.UNAVAILABLE
+            ) from None
+        except grpc.aio.AioRpcError as error:
+            raise NotReadyError(
+                f"A probe failed with {error.code().name}: {error.details()}",
+                reason=Reason.UNAVAILABLE,
+            ) from None
+
+
+def _write(report: Path, text: str) -> None:
+    try:
+        report.write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise MoeServerError(
+            f"Cannot write the report {report}: {error.strerror}.", field="report"
+        ) from None

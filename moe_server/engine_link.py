@@ -1,0 +1,128 @@
+"""One life of the engine process, and the socket to it.
+
+Spawns the process, speaks messages.py over a private ipc socket, and leaves neither a process nor a
+file behind. Knows no states, restarts or requests: that is its only user, the supervisor.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+
+from moe_server.messages import FromEngine, Shutdown, ToEngine
+
+log = structlog.get_logger(__name__)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+class EngineLink:
+    """A running engine process. Made by `open_link`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> None:
+        self._process = process
+        self._socket = socket
+        self._is_connected = False
+        self._last_heard = time.monotonic()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine last said anything, or since it was spawned."""
+        return time.monotonic() - self._last_heard
+
+    async def send_config(self, config_json: bytes) -> None:
+        """The first frame; waits until the engine has connected."""
+        await self._socket.send(config_json)
+        self._is_connected = True
+
+    def send(self, message: ToEngine) -> None:
+        """Sends without waiting.
+
+        An engine that has left thousands of messages unread is killed: it hangs, and dropping a
+        message would leave it with requests that nobody waits for.
+        """
+        sending = asyncio.ensure_future(self._socket.send(_encoder.encode(message), zmq.NOBLOCK))
+        if isinstance(sending.exception(), zmq.Again):
+            log.error("engine does not read its messages; killing it", pid=self.pid)
+            self.kill()
+
+    async def receive(self) -> FromEngine:
+        """The engine's next message.
+
+        Raises:
+            msgspec.DecodeError: What came is not a message of ours.
+        """
+        frame = await self._socket.recv()
+        self._last_heard = time.monotonic()
+        return _decoder.decode(frame)
+
+    async def wait_exit(self) -> str:
+        """Waits for the process to end and says how it did."""
+        code = await self._process.wait()
+        if code >= 0:
+            return f"exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        return f"signal {signal.Signals(-code).name}{hint}"
+
+    def kill(self) -> None:
+        """Ends it at once; also works on a stopped process."""
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def shut_down(self, within_s: float) -> None:
+        """Asks it to end in order and kills it when it does not."""
+        if self._is_connected and self._process.returncode is None:
+            self.send(Shutdown())
+        else:
+            self.kill()
+        try:
+            await asyncio.wait_for(self._process.wait(), within_s)
+        except TimeoutError:
+            log.warning("engine did not end in time; killing it", pid=self.pid)
+        finally:
+            self.kill()
+            await self._process.wait()
+
+
+@asynccontextmanager
+async def open_link(
+    command: Sequence[str], *, max_unread_messages: int, shutdown_s: float
+) -> AsyncIterator[EngineLink]:
+    """Spawns `command ADDRESS` and listens at ADDRESS; on leaving, process and socket are gone.
+
+    Args:
+        command: The engine's command line, without the address.
+        max_unread_messages: More than this and the engine counts as hung.
+        shutdown_s: How long it may take to end in order.
+    """
+    context = zmq.asyncio.Context()
+    # The directory is created with mode 0700: no other user can speak to the engine.
+    with TemporaryDirectory(prefix="moe-server-") as folder:
+        try:
+            socket = context.socket(zmq.PAIR)
+            socket.setsockopt(zmq.SNDHWM, max_unread_messages)
+            address = f"ipc://{Path(folder) / 'engine'}"
+            socket.bind(address)
+            process = await asyncio.create_subprocess_exec(
+                *command, address, stdin=asyncio.subprocess.DEVNULL
+            )
+            link = EngineLink(process, socket)
+            try:
+                yield link
+            finally:
+                await link.shut_down(shutdown_s)
+        finally:
+            context.destroy(linger=0)

@@ -1,0 +1,39 @@
+"""How long the supervisor waits for its engine before it concludes or tries again."""
+
+from dataclasses import dataclass
+
+from moe_server.budget import MemoryPlan
+from moe_server.config import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long the supervisor waits before it concludes or tries again; all in seconds."""
+
+    first_message_s: float = 300.0
+    """Importing torch from a cold disk."""
+    loading_s: float = 60.0
+    idle_s: float = 10.0
+    """An engine without requests sends a heartbeat every 0.5 s."""
+    busy_s: float = 60.0
+    """The longest that one step may take; see `longest_step_s`."""
+    first_backoff_s: float = 0.5
+    longest_backoff_s: float = 30.0
+    """The backoff doubles with every loss up to this."""
+    steady_s: float = 60.0
+    """A life that was READY for so long resets the backoff."""
+    shutdown_s: float = 5.0
+
+
+def longest_step_s(config: Config, plan: MemoryPlan, num_active_parameters: int) -> float:
+    """How long one step may take before the engine counts as hung.
+
+    A step can read every expert that is not resident, once, and computes up to max_batch_tokens.
+    Both rates are pessimistic on purpose: killing a slow engine helps nobody.
+    """
+    slow_disk_bytes_per_s = 200e6
+    slow_flops = 10e9 if config.device == "cpu" else 1e12
+    absent = max(0, plan.num_experts_total - plan.num_slots)
+    flops = 2 * num_active_parameters * config.scheduler.max_batch_tokens
+    read_s = absent * plan.expert_bytes / slow_disk_bytes_per_s
+    return 10.0 + read_s + flops / slow_flops

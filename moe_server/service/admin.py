@@ -1,0 +1,155 @@
+"""moe_server.v1.AdminService: what the server is doing, and telling it to stop taking requests.
+
+Anyone who reaches the port may read. Changes are taken from loopback peers, or from anyone on the
+admin listener, which is bound where only operators reach it. (A proxy on this machine makes its
+callers loopback peers: give it the main listener only after blocking these methods in it.)
+"""
+
+import structlog
+
+from moe_server.errors import MoeServerError
+from moe_server.proto.moe_server.v1 import admin_pb2 as pb
+from moe_server.service.errors import PermissionDeniedError
+from moe_server.service.generation import to_duration
+from moe_server.service.registration import Context
+from moe_server.service.served_model import ServedModel
+from moe_server.state import ServerState
+from moe_server.supervisor import Supervisor
+from moe_server.warmup.probe import Probe, WarmUp
+
+log = structlog.get_logger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"]
+LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
+
+STATES = {
+    ServerState.STARTING: pb.SERVER_STATE_STARTING,
+    ServerState.LOADING: pb.SERVER_STATE_LOADING,
+    ServerState.WARMING: pb.SERVER_STATE_WARMING,
+    ServerState.READY: pb.SERVER_STATE_READY,
+    ServerState.DRAINING: pb.SERVER_STATE_DRAINING,
+    ServerState.FAILED: pb.SERVER_STATE_FAILED,
+}
+
+
+class AdminService:
+    """The servicer.
+
+    Args:
+        supervisor: Whose state is told and changed.
+        model: What is served, and the memory plan.
+        warm_up: Whose probes are told.
+        version: Of the server.
+        trusts_all_peers: True on the admin listener.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        model: ServedModel,
+        warm_up: WarmUp,
+        version: str,
+        *,
+        trusts_all_peers: bool,
+    ) -> None:
+        self._supervisor = supervisor
+        self._model = model
+        self._warm_up = warm_up
+        self._version = version
+        self._trusts_all_peers = trusts_all_peers
+
+    async def GetServerStatus(  # noqa: N802  # named by the protocol
+        self, _request: pb.GetServerStatusRequest, _context: Context
+    ) -> pb.GetServerStatusResponse:
+        """Everything an operator asks first."""
+        supervisor = self._supervisor
+        load = supervisor.load
+        return pb.GetServerStatusResponse(
+            state=STATES[supervisor.state],
+            reason=supervisor.reason,
+            version=self._version,
+            model=self._model.name,
+            startup=self._startup(),
+            memory=self._memory(),
+            experts=pb.ExpertCounters(
+                device_hits=load.experts.device_hits,
+                host_hits=load.experts.host_hits,
+                disk_reads=load.experts.disk_reads,
+                transfer_bytes=load.experts.transfer_bytes,
+                read_bytes=load.experts.read_bytes,
+            ),
+            load=pb.Load(
+                running_requests=load.running,
+                waiting_requests=load.waiting,
+                kv_blocks_used=load.blocks_used,
+                kv_blocks_total=load.blocks_total,
+            ),
+            uptime=to_duration(supervisor.uptime_s),
+            engine_restarts=supervisor.num_restarts,
+        )
+
+    async def Drain(  # noqa: N802  # named by the protocol
+        self, request: pb.DrainRequest, context: Context
+    ) -> pb.DrainResponse:
+        """Refuses new requests; waits for the accepted ones as long as the caller says."""
+        self._refuse_strangers(context)
+        wait_s = request.wait.ToNanoseconds() / 1e9
+        if wait_s < 0:
+            raise MoeServerError(f"wait is {wait_s:g} s; expected 0 or more.", field="wait")
+        log.info("drain", peer=context.peer(), wait_s=wait_s)
+        return pb.DrainResponse(remaining_requests=await self._supervisor.drain(wait_s))
+
+    async def Undrain(  # noqa: N802  # named by the protocol
+        self, _request: pb.UndrainRequest, context: Context
+    ) -> pb.UndrainResponse:
+        """Ends a drain."""
+        self._refuse_strangers(context)
+        log.info("undrain", peer=context.peer())
+        self._supervisor.undrain()
+        return pb.UndrainResponse()
+
+    def _refuse_strangers(self, context: Context) -> None:
+        peer: str = context.peer()
+        if not self._trusts_all_peers and not peer.startswith(LOOPBACK_PEERS):
+            raise PermissionDeniedError(
+                f"Peer {peer} may not change this server.",
+                "Call from the same machine, or set admin_listen and call there.",
+            )
+
+    def _startup(self) -> pb.Startup:
+        progress = self._supervisor.progress
+        is_proving = self._supervisor.state in (ServerState.WARMING, ServerState.READY)
+        return pb.Startup(
+            stage=self._warm_up.stage if is_proving else progress.stage,
+            stage_index=progress.stage_index,
+            stage_count=progress.stage_count,
+            bytes_done=progress.bytes_done,
+            bytes_total=progress.bytes_total,
+            elapsed=to_duration(self._supervisor.startup_s),
+            probes=[_probe(probe) for probe in self._warm_up.probes],
+        )
+
+    def _memory(self) -> pb.Memory:
+        plan = self._model.memory
+        return pb.Memory(
+            device_budget_bytes=plan.device_budget_bytes,
+            dense_bytes=plan.dense_bytes,
+            kv_bytes=plan.kv_bytes,
+            workspace_bytes=plan.workspace_bytes,
+            expert_slots_bytes=plan.slots_bytes,
+            expert_slots=plan.num_slots,
+            host_budget_bytes=plan.host_budget_bytes,
+            host_records=plan.num_records,
+            host_records_bytes=plan.records_bytes,
+            expert_bytes=plan.expert_bytes,
+            experts=plan.num_experts_total,
+        )
+
+
+def _probe(probe: Probe) -> pb.Probe:
+    return pb.Probe(
+        prompt_tokens=probe.prompt_tokens,
+        completion_tokens=probe.completion_tokens,
+        ttft=to_duration(probe.ttft_s),
+        tpot=to_duration(probe.tpot_s),
+    )

@@ -1,0 +1,214 @@
+"""moe_server.v1.GenerationService: one request from its bytes to its last delta.
+
+Admit -> validate -> tokenise -> submit -> detokenise -> write. `Generate` walks the same path as
+`GenerateStream` and gathers. However a request ends - finished, cancelled, disconnected, past its
+deadline, or by an error - leaving `admit` makes the engine forget it.
+"""
+
+import asyncio
+import hmac
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+from google.protobuf.duration_pb2 import Duration
+
+from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import FinishReason, Timings, TokenEvent
+from moe_server.open_requests import OpenRequest
+from moe_server.proto.moe_server.v1 import generation_pb2 as pb
+from moe_server.service import validation
+from moe_server.service.registration import Context
+from moe_server.service.served_model import ServedModel
+from moe_server.service.text_stream import Released, TextStream
+from moe_server.supervisor import Supervisor
+
+SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
+
+PROBE_METADATA_KEY = "x-moe-server-probe"
+"""Carries a secret of this process: the warm-up's requests come before READY."""
+
+MAX_INLINE_TEXT_CHARS = 2000
+"""Longer prompts are tokenised on a thread; shorter ones cost less than the hand-over."""
+
+MAX_DEADLINE_MARGIN_S = 0.05
+"""We end a request this much before its deadline (or a tenth of the time, if that is less), so that
+the client hears from us which stage it had reached, not from its own timer that time is up."""
+
+FINISH_REASONS = {
+    FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
+    FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+Write: TypeAlias = Callable[[pb.GenerateStreamResponse], Awaitable[None]]
+
+
+class GenerationService:
+    """The servicer. `probe_secret` is what the warm-up presents."""
+
+    def __init__(self, supervisor: Supervisor, model: ServedModel, probe_secret: str) -> None:
+        self._supervisor = supervisor
+        self._model = model
+        self._probe_secret = probe_secret
+        # Request ids count from 1 in every process; logs of several processes meet in one place.
+        self._id_prefix = secrets.token_hex(4)
+
+    async def GenerateStream(  # noqa: N802  # named by the protocol
+        self, request: pb.GenerateStreamRequest, context: Context
+    ) -> None:
+        """Streams a completion."""
+        await self._run(request, context, context.write)
+
+    async def Generate(  # noqa: N802  # named by the protocol
+        self, request: pb.GenerateRequest, context: Context
+    ) -> pb.GenerateResponse:
+        """Gathers a completion."""
+        response = pb.GenerateResponse()
+        texts: list[str] = []
+
+        async def gather(message: pb.GenerateStreamResponse) -> None:
+            if message.HasField("started"):
+                response.request_id = message.started.request_id
+                response.model = message.started.model
+                response.seed = message.started.seed
+            elif message.HasField("delta"):
+                texts.append(message.delta.text)
+                response.token_ids.extend(message.delta.token_ids)
+                response.logprobs.extend(message.delta.logprobs)
+            else:
+                response.finished.CopyFrom(message.finished)
+
+        await self._run(request, context, gather)
+        response.text = "".join(texts)
+        return response
+
+    async def _run(
+        self, request: validation.AnyGenerateRequest, context: Context, write: Write
+    ) -> None:
+        completion = _Completion(self._supervisor, self._model, write, self._id_prefix)
+        remaining_s: float | None = context.time_remaining()
+        own_limit_s = deadline = None
+        if remaining_s is not None:
+            own_limit_s = remaining_s - min(MAX_DEADLINE_MARGIN_S, remaining_s / 10)
+            deadline = time.monotonic() + remaining_s
+        with self._supervisor.admit(is_probe=self._is_probe(context)) as open_request:
+            try:
+                async with asyncio.timeout(own_limit_s) as timer:
+                    await completion.run(request, open_request, deadline)
+            except TimeoutError:
+                if not timer.expired():
+                    raise
+                raise MoeServerError(
+                    f"The deadline passed while {completion.stage}.",
+                    "Allow more time or ask for fewer tokens.",
+                    reason=Reason.EXPIRED,
+                ) from None
+
+    def _is_probe(self, context: Context) -> bool:
+        for key, value in context.invocation_metadata() or ():
+            if key == PROBE_METADATA_KEY and isinstance(value, str):
+                return hmac.compare_digest(value, self._probe_secret)
+        return False
+
+
+class _Completion:
+    """One request on its way; `stage` says how far it has come, for people."""
+
+    def __init__(
+        self, supervisor: Supervisor, model: ServedModel, write: Write, id_prefix: str
+    ) -> None:
+        self._supervisor = supervisor
+        self._model = model
+        self._write = write
+        self._id_prefix = id_prefix
+        self.stage = "its prompt was tokenised"
+
+    async def run(
+        self,
+        request: validation.AnyGenerateRequest,
+        open_request: OpenRequest,
+        deadline: float | None,
+    ) -> None:
+        model = self._model
+        validation.check_model(request.model, model)
+        options = validation.check_options(request, model)
+        prompt = await self._tokenise(validation.check_prompt(request, model))
+        submit = validation.build_submit(open_request.request_id, prompt, options, model, deadline)
+        detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
+        stream = TextStream(detokenizer, options.stop_sequences)
+        self._supervisor.submit(open_request, submit)
+        self.stage = "it waited for its first token"
+        started = pb.Started(
+            request_id=f"{self._id_prefix}-{open_request.request_id}",
+            model=model.name,
+            prompt_tokens=len(prompt),
+            seed=options.sampling.seed,
+        )
+        await self._write(pb.GenerateStreamResponse(started=started))
+        async for events in open_request:
+            finish = events[-1].finish
+            released = stream.push(events, is_last=finish is not None)
+            self.stage = f"it generated, {stream.num_tokens} tokens so far"
+            if released:
+                await self._write(pb.GenerateStreamResponse(delta=_delta(released)))
+            if stream.is_stopped:
+                finish = FinishReason.STOP_SEQUENCE
+            if finish is not None:
+                usage = pb.Usage(prompt_tokens=len(prompt), completion_tokens=stream.num_tokens)
+                finished = pb.Finished(
+                    reason=FINISH_REASONS[finish],
+                    usage=usage,
+                    timings=_timings(events[-1].timings),
+                )
+                await self._write(pb.GenerateStreamResponse(finished=finished))
+                return
+
+    async def _tokenise(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        assert self._model.tokenizer is not None, "check_prompt refuses text without a tokenizer"
+        if len(prompt) <= MAX_INLINE_TEXT_CHARS:
+            return self._model.tokenizer.encode(prompt)
+        return await asyncio.to_thread(self._model.tokenizer.encode, prompt)
+
+
+def _delta(released: Released) -> pb.Delta:
+    return pb.Delta(
+        text=released.text,
+        token_ids=[event.token_id for event in released.tokens],
+        logprobs=_logprobs(released.tokens),
+    )
+
+
+def _logprobs(events: Sequence[TokenEvent]) -> list[pb.Logprob]:
+    return [
+        pb.Logprob(
+            token_id=event.token_id,
+            logprob=event.logprob,
+            top=[pb.TokenLogprob(token_id=i, logprob=logprob) for i, logprob in event.top_logprobs],
+        )
+        for event in events
+        if event.logprob is not None
+    ]
+
+
+def _timings(timings: Timings) -> pb.Timings:
+    return pb.Timings(
+        queue=to_duration(timings.queue_s),
+        prefill=to_duration(timings.prefill_s),
+        decode=to_duration(timings.decode_s),
+        router=to_duration(timings.router_s),
+        expert_transfer=to_duration(timings.transfer_s),
+        expert_read=to_duration(timings.read_s),
+        expert_transfer_bytes=timings.transfer_bytes,
+        expert_read_bytes=timings.read_bytes,
+    )
+
+
+def to_duration(seconds: float) -> Duration:
+    """A protocol duration, to the nanosecond."""
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

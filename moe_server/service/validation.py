@@ -1,0 +1,195 @@
+"""Checks every field of a generation request and turns it into what the engine takes.
+
+Knows the protocol's messages and the served model, but no connection: deadlines and request ids are
+added by the caller. Every refusal names its field and says what was got and what is expected.
+"""
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import Sampling, Submit
+from moe_server.proto.moe_server.v1 import generation_pb2
+from moe_server.service.errors import NotFoundError, shorten
+from moe_server.service.served_model import ServedModel
+
+AnyGenerateRequest: TypeAlias = (
+    generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
+)
+
+MAX_STOP_SEQUENCES = 16
+MAX_STOP_SEQUENCE_CHARS = 256
+MAX_TOP_LOGPROBS = 20
+GREEDY_BELOW_TEMPERATURE = 1e-5
+"""Dividing logits by less overflows float32; the limit of what it would mean is greedy."""
+MAX_REPETITION_PENALTY = 1e6
+"""Its inverse is the smallest: beyond, penalised logits overflow float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything of a request but its prompt, checked and resolved."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop_sequences: tuple[str, ...]
+    ignore_eos: bool
+    logprobs: int
+    """As in messages.Submit."""
+
+
+def check_model(name: str, model: ServedModel) -> None:
+    """An empty name means the only model.
+
+    Raises:
+        MoeServerError: NOT_FOUND.
+    """
+    if name not in ("", model.name):
+        raise NotFoundError("model", name, f"This server has {model.name!r}.", field="model")
+
+
+def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
+    """Checks sampling, stopping and output.
+
+    Raises:
+        MoeServerError: INVALID; UNSUPPORTED for stop sequences without a tokenizer.
+    """
+    return Options(
+        sampling=_sampling(request.sampling, model),
+        max_new_tokens=request.stopping.max_new_tokens or model.default_max_new_tokens,
+        stop_sequences=_stop_sequences(request.stopping.stop_sequences, model),
+        ignore_eos=request.stopping.ignore_eos,
+        logprobs=_logprobs(request.output, model),
+    )
+
+
+def check_prompt(request: AnyGenerateRequest, model: ServedModel) -> str | list[int]:
+    """The prompt as it was given: text still to be tokenised, or checked token ids.
+
+    Raises:
+        MoeServerError: INVALID; UNSUPPORTED for text without a tokenizer.
+    """
+    match request.WhichOneof("prompt"):
+        case "text":
+            if model.tokenizer is None:
+                raise MoeServerError(
+                    f"Model {model.name!r} has no tokenizer, so it takes no text.",
+                    "Send token_ids.",
+                    reason=Reason.UNSUPPORTED,
+                    field="text",
+                )
+            if not request.text:
+                raise MoeServerError("The prompt text is empty.", field="text")
+            return request.text
+        case "token_ids":
+            token_ids = list(request.token_ids.ids)
+            if not token_ids:
+                raise MoeServerError("The prompt has no token ids.", field="token_ids.ids")
+            if (largest := max(token_ids)) >= model.vocab_size:
+                raise MoeServerError(
+                    f"Token id {largest} is outside the vocabulary of {model.vocab_size}.",
+                    field="token_ids.ids",
+                )
+            return token_ids
+        case _:
+            raise MoeServerError("There is no prompt.", "Set text or token_ids.", field="prompt")
+
+
+def build_submit(
+    request_id: int,
+    prompt: list[int],
+    options: Options,
+    model: ServedModel,
+    deadline: float | None,
+) -> Submit:
+    """Fits the completion beside the prompt.
+
+    Raises:
+        MoeServerError: INVALID where the prompt leaves no room for a single new token.
+    """
+    room = model.max_request_tokens - len(prompt)
+    if room < 1 or not prompt:
+        raise MoeServerError(
+            f"The prompt has {len(prompt)} tokens; at least 1 and at most "
+            f"{model.max_request_tokens - 1} fit this server ({model.max_request_tokens} with the "
+            "completion).",
+            field="prompt",
+        )
+    return Submit(
+        request_id=request_id,
+        token_ids=prompt,
+        max_new_tokens=min(options.max_new_tokens, room),
+        eos_token_ids=[] if options.ignore_eos else list(model.eos_token_ids),
+        sampling=options.sampling,
+        logprobs=options.logprobs,
+        deadline=deadline,
+    )
+
+
+def _sampling(sampling: generation_pb2.Sampling, model: ServedModel) -> Sampling:
+    def number(name: str, default: float, low: float, high: float, expected: str) -> float:
+        if not sampling.HasField(name):
+            return default
+        value: float = getattr(sampling, name)
+        if not low <= value <= high:  # Also refuses NaN.
+            message = f"{name} is {value:g}; expected {expected}."
+            raise MoeServerError(message, field=f"sampling.{name}")
+        return value
+
+    # The smallest float above 0: the bound itself is excluded.
+    above_zero = math.ulp(0.0)
+    largest = 3.5e38
+    temperature = number("temperature", 0.0, 0.0, largest, "a finite number of at least 0")
+    return Sampling(
+        temperature=temperature if temperature >= GREEDY_BELOW_TEMPERATURE else 0.0,
+        top_k=min(sampling.top_k, model.vocab_size),
+        top_p=number("top_p", 1.0, above_zero, 1.0, "a number above 0 and at most 1"),
+        min_p=number("min_p", 0.0, 0.0, 1.0, "a number from 0 to 1"),
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        repetition_penalty=number(
+            "repetition_penalty",
+            1.0,
+            1 / MAX_REPETITION_PENALTY,
+            MAX_REPETITION_PENALTY,
+            f"a number above 0, from {1 / MAX_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}",
+        ),
+    )
+
+
+def _stop_sequences(stops: Sequence[str], model: ServedModel) -> tuple[str, ...]:
+    field = "stopping.stop_sequences"
+    if stops and model.tokenizer is None:
+        raise MoeServerError(
+            f"Model {model.name!r} has no tokenizer, so stop sequences have no text to match.",
+            "Leave stop_sequences empty.",
+            reason=Reason.UNSUPPORTED,
+            field=field,
+        )
+    if len(stops) > MAX_STOP_SEQUENCES:
+        raise MoeServerError(
+            f"There are {len(stops)} stop sequences; at most {MAX_STOP_SEQUENCES}.", field=field
+        )
+    for index, stop in enumerate(stops):
+        if not stop:
+            raise MoeServerError(f"Stop sequence {index} is empty.", field=f"{field}[{index}]")
+        if len(stop) > MAX_STOP_SEQUENCE_CHARS:
+            raise MoeServerError(
+                f"Stop sequence {index} ({shorten(stop, 20)!r}) has {len(stop)} characters; "
+                f"at most {MAX_STOP_SEQUENCE_CHARS}.",
+                field=f"{field}[{index}]",
+            )
+    return tuple(stops)
+
+
+def _logprobs(output: generation_pb2.Output, model: ServedModel) -> int:
+    if output.top_logprobs > MAX_TOP_LOGPROBS:
+        raise MoeServerError(
+            f"top_logprobs is {output.top_logprobs}; expected 0 to {MAX_TOP_LOGPROBS}.",
+            field="output.top_logprobs",
+        )
+    if output.top_logprobs:
+        return min(output.top_logprobs, model.vocab_size)
+    return 0 if output.logprobs else -1

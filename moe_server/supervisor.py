@@ -1,0 +1,336 @@
+"""Owns the engine process: spawns it, watches it, and starts it again when it is lost.
+
+A life of the engine has four things that can end it: its messages (a Fatal), its exit, its
+silence, and a warm-up that failed. Whichever comes first names the loss; every open request fails
+with it, and the loss decides between another life and FAILED.
+
+Knows no gRPC and no tokens. The services submit requests through it; what READY has to prove is
+given to it as a coroutine function.
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import assert_never
+
+import msgspec
+import structlog
+
+from moe_server.config import Config
+from moe_server.engine_link import EngineLink, open_link
+from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import Cancel, EngineLoad, Fatal, Loaded, Progress, StepDone, Submit
+from moe_server.open_requests import OpenRequest, OpenRequests
+from moe_server.patience import Patience
+from moe_server.state import ServerState, StateFeed
+
+log = structlog.get_logger(__name__)
+
+ENGINE_COMMAND = (sys.executable, "-m", "moe_server.engine_process")
+LAST_WORDS_S = 0.5
+"""How long a Fatal may still be on its way after the process has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why a life of the engine ended."""
+
+    message: str
+    remedy: str
+    retry: bool
+
+
+class Supervisor:
+    """The engine's states and the requests it works on.
+
+    Args:
+        config: Sent to the engine as its first message.
+        prove: Awaited after every successful load; READY follows when it returns. It raises
+            MoeServerError where the server must not become ready.
+        command: The engine's command line (`ENGINE_COMMAND` but in tests); its socket address is
+            appended.
+        patience: How long to wait for what.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prove: Callable[[], Awaitable[None]],
+        command: Sequence[str],
+        patience: Patience,
+    ) -> None:
+        self._config = config
+        self._prove = prove
+        self._command = command
+        self._patience = patience
+        limit = config.scheduler.max_running + config.scheduler.max_waiting
+        self._max_unread_messages = 8 * limit
+        self._requests = OpenRequests(limit)
+        self._link: EngineLink | None = None
+        self._phase = ServerState.STARTING
+        self._loaded = asyncio.Event()
+        self._draining = False
+        self._is_ending = False
+        self._task: asyncio.Task[None] | None = None
+        self._started_at = time.monotonic()
+        self._first_ready_at: float | None = None
+        self._life_ready_at: float | None = None
+        self.feed = StateFeed()
+        self.reason = ""
+        """FAILED: what happened and what to do. Otherwise empty."""
+        self.progress = Progress("starting the engine process", 0, 0, 0, 0)
+        self.load = EngineLoad()
+        self.num_restarts = 0
+
+    @property
+    def state(self) -> ServerState:
+        return self.feed.current
+
+    @property
+    def num_open_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def engine_pid(self) -> int | None:
+        return self._link.pid if self._link else None
+
+    @property
+    def startup_s(self) -> float:
+        """Since the start; stands still once READY was reached."""
+        return (self._first_ready_at or time.monotonic()) - self._started_at
+
+    @property
+    def uptime_s(self) -> float:
+        return time.monotonic() - self._started_at
+
+    def start(self) -> None:
+        """Spawns the engine, and respawns it until `stop`."""
+        self._task = asyncio.create_task(self._run_lives(), name="supervisor")
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """Ends the engine, in order unless `at_once`; requests that are still open fail."""
+        if at_once and self._link is not None:
+            self._link.kill()
+        self._draining = True
+        self._publish()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    @contextmanager
+    def admit(self, *, is_probe: bool = False) -> Iterator[OpenRequest]:
+        """Holds a place for one request; however the block is left, the engine forgets the request.
+
+        Args:
+            is_probe: A request of the warm-up, which comes before READY.
+
+        Raises:
+            MoeServerError: UNAVAILABLE in any state but READY, EXHAUSTED where no place is free.
+        """
+        is_open = self.state is ServerState.READY or (
+            is_probe and self._phase is ServerState.WARMING
+        )
+        if not is_open:
+            raise MoeServerError(
+                f"The server is {self.state.value}.{' ' + self.reason if self.reason else ''}",
+                "" if self.state is ServerState.FAILED else "Try again when it is ready.",
+                reason=Reason.UNAVAILABLE,
+            )
+        request = self._requests.open()
+        try:
+            yield request
+        finally:
+            if request.submitted and not request.ended and self._link is not None:
+                self._link.send(Cancel(request.request_id))
+            self._requests.close(request)
+
+    def submit(self, request: OpenRequest, message: Submit) -> None:
+        """Hands an admitted request to the engine; its events arrive in `request`."""
+        if self._link is None or request.ended:
+            return  # The engine was lost since `admit`; iterating over the request says so.
+        self._link.send(message)
+        request.submitted = True
+
+    async def drain(self, wait_s: float = 0.0, *, for_good: bool = False) -> int:
+        """Refuses new requests; returns how many are still open after `wait_s` at the latest.
+
+        Args:
+            wait_s: How long the open ones may take.
+            for_good: The process ends afterwards; `undrain` is refused from now on.
+        """
+        self._draining = True
+        self._is_ending = self._is_ending or for_good
+        self._publish()
+        if wait_s > 0:
+            try:
+                await asyncio.wait_for(self._requests.wait_empty(), wait_s)
+            except TimeoutError:
+                log.info("requests remain after the wait", remaining=len(self._requests))
+        return len(self._requests)
+
+    def undrain(self) -> None:
+        """Accepts requests again.
+
+        Raises:
+            MoeServerError: The server is shutting down.
+        """
+        if self._is_ending:
+            raise MoeServerError(
+                "The server is shutting down.",
+                "Start it again, or use another one.",
+                reason=Reason.UNAVAILABLE,
+            )
+        self._draining = False
+        self._publish()
+
+    def _enter(self, phase: ServerState) -> None:
+        if phase is not self._phase:
+            log.info("state", state=phase.value, engine_pid=self.engine_pid)
+        self._phase = phase
+        self._publish()
+
+    def _publish(self) -> None:
+        hides_phase = self._draining and self._phase is not ServerState.FAILED
+        self.feed.publish(ServerState.DRAINING if hides_phase else self._phase)
+
+    async def _run_lives(self) -> None:
+        backoff_s = self._patience.first_backoff_s
+        while True:
+            try:
+                loss = await self._run_life()
+            except OSError as error:
+                loss = Loss(f"The engine process cannot be started: {error}.", "", retry=True)
+            except Exception as error:
+                log.exception("engine life ended unexpectedly")
+                loss = Loss(f"Unexpected {error!r}.", "See the log.", retry=True)
+            log.error("engine lost", message=loss.message, remedy=loss.remedy, retry=loss.retry)
+            if not loss.retry:
+                self.reason = f"{loss.message} {loss.remedy}".strip()
+                self._enter(ServerState.FAILED)
+                return
+            if self._was_steady():
+                backoff_s = self._patience.first_backoff_s
+            stage = f"restarting the engine in {backoff_s:g} s: {loss.message}"
+            self.progress = Progress(stage, 0, 0, 0, 0)
+            self._enter(ServerState.STARTING)
+            await asyncio.sleep(backoff_s)
+            self.num_restarts += 1
+            backoff_s = min(2 * backoff_s, self._patience.longest_backoff_s)
+
+    def _was_steady(self) -> bool:
+        ready_at = self._life_ready_at
+        return ready_at is not None and time.monotonic() - ready_at > self._patience.steady_s
+
+    async def _run_life(self) -> Loss:
+        self._loaded.clear()
+        self._life_ready_at = None
+        self.load = EngineLoad()
+        failure = ("The server is shutting down.", "Retry on another server.")
+        async with open_link(
+            self._command,
+            max_unread_messages=self._max_unread_messages,
+            shutdown_s=self._patience.shutdown_s,
+        ) as link:
+            self._link = link
+            try:
+                loss = await self._await_loss(link)
+                remedy = "Retry; the server restarts it." if loss.retry else ""
+                failure = (f"The engine was lost: {loss.message}", remedy)
+                return loss
+            finally:
+                self._link = None
+                # Before the engine's orderly end, which can take seconds: nobody waits for it.
+                self._phase = ServerState.STARTING
+                self._publish()
+                self._requests.fail_all(*failure)
+
+    async def _await_loss(self, link: EngineLink) -> Loss:
+        reader = asyncio.create_task(self._read(link), name="engine reader")
+        endings = [
+            reader,
+            asyncio.create_task(self._await_exit(link, reader), name="engine exit"),
+            asyncio.create_task(self._await_silence(link), name="engine watchdog"),
+            asyncio.create_task(self._warm_up(), name="warm-up"),
+        ]
+        try:
+            done, _ = await asyncio.wait(endings, return_when=asyncio.FIRST_COMPLETED)
+            return reader.result() if reader in done else done.pop().result()
+        finally:
+            for task in endings:
+                task.cancel()
+            await asyncio.gather(*endings, return_exceptions=True)
+
+    async def _read(self, link: EngineLink) -> Loss:
+        await link.send_config(self._config.model_dump_json().encode())
+        while True:
+            try:
+                message = await link.receive()
+            except msgspec.DecodeError as error:
+                return Loss(f"The engine sent something unreadable: {error}.", "", retry=True)
+            match message:
+                case StepDone():
+                    self.load = message.load
+                    for event in message.tokens:
+                        self._requests.deliver(event)
+                    for failure in message.failed:
+                        self._requests.fail(failure)
+                case Progress():
+                    self._note_progress(message)
+                case Loaded():
+                    log.info("engine loaded", seconds=round(message.seconds, 2))
+                    self._loaded.set()
+                case Fatal():
+                    return Loss(message.message, message.remedy, message.retry)
+                case _:
+                    assert_never(message)
+
+    def _note_progress(self, progress: Progress) -> None:
+        if self._loaded.is_set():
+            return
+        if progress.stage_index != self.progress.stage_index:
+            log.info("loading", stage=progress.stage, bytes_total=progress.bytes_total)
+        self.progress = progress
+        self._enter(ServerState.LOADING)
+
+    async def _await_exit(self, link: EngineLink, reader: asyncio.Task[Loss]) -> Loss:
+        how = await link.wait_exit()
+        await asyncio.wait({reader}, timeout=LAST_WORDS_S)
+        if reader.done():
+            return reader.result()
+        return Loss(f"The engine process ended with {how}.", "See the log above.", retry=True)
+
+    async def _await_silence(self, link: EngineLink) -> Loss:
+        was_overdue = False
+        while True:
+            await asyncio.sleep(self._patience.idle_s / 8)
+            is_overdue = link.silent_s > self._allowed_silence_s()
+            # Twice in a row: after this process itself was stopped, what the engine said meanwhile
+            # must be read before its silence is judged.
+            if is_overdue and was_overdue:
+                link.kill()
+                return Loss(f"The engine said nothing for {link.silent_s:.0f} s.", "", retry=True)
+            was_overdue = is_overdue
+
+    def _allowed_silence_s(self) -> float:
+        if self._phase is ServerState.STARTING:
+            return self._patience.first_message_s
+        if self._phase is ServerState.LOADING:
+            return self._patience.loading_s
+        return self._patience.busy_s if self._requests.num_pending else self._patience.idle_s
+
+    async def _warm_up(self) -> Loss:
+        await self._loaded.wait()
+        self._enter(ServerState.WARMING)
+        try:
+            await self._prove()
+        except MoeServerError as error:
+            return Loss(error.message, error.remedy, retry=False)
+        self._life_ready_at = time.monotonic()
+        self._first_ready_at = self._first_ready_at or self._life_ready_at
+        self._enter(ServerState.READY)
+        await asyncio.Event().wait()  # Until the life ends otherwise.
+        raise AssertionError("nobody sets this event")

@@ -1,0 +1,345 @@
+"""The commands as a user calls them: output, exit codes, signals. No torch anywhere."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import structlog
+from click.testing import CliRunner
+
+from moe_server import cli
+from moe_server.state import ServerState
+from tests.front_door import FAKE_ENGINE, WAIT_S, eventually, front_door, make_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+NOBODY = "127.0.0.1:1"
+
+SERVE_WITH_FAKE_ENGINE = textwrap.dedent(f"""
+    import functools, sys
+    from moe_server.commands import serve
+    from moe_server.service.server import Server
+    from moe_server.cli import main
+    serve.Server = functools.partial(Server, engine_command={(*FAKE_ENGINE,)!r} + tuple(FLAGS))
+    main()
+""")
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before():
+    yield
+    structlog.reset_defaults()
+
+
+def invoke(*args: str):
+    return CliRunner().invoke(cli.cli, list(args), prog_name="moe-server")
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def door():
+    async with front_door() as door:
+        yield door
+
+
+async def against(door, *args: str):
+    return await asyncio.to_thread(invoke, *args, "--target", door.server.address)
+
+
+LIGHT = [name for name in cli.COMMANDS if name != "synth"]
+
+
+@pytest.mark.parametrize("command", LIGHT)
+async def test_every_command_has_help_with_an_example(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0
+    assert "Example: moe-server " + command in result.output
+
+
+async def test_the_commands_are_listed():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    for command in cli.COMMANDS:
+        assert f"  {command} " in result.output
+
+
+async def test_the_front_door_imports_neither_torch_nor_transformers():
+    heavy = "{'torch', 'transformers', 'deepspeed'}"
+    modules = "moe_server.cli, moe_server.commands.serve"
+    code = f"import sys, {modules}; sys.exit(bool({heavy} & sys.modules.keys()))"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    assert await process.wait() == 0
+
+
+async def test_generate_streams_text_and_says_where_time_went(door):
+    result = await against(door, "generate", "abc", "--max-new-tokens", "4", "--seed", "7")
+    assert result.exit_code == 0
+    assert result.stdout == "defg\n"
+    for row in ("queue", "prefill", "decode", "router", "expert transfer", "expert read"):
+        assert row in result.stderr
+    assert "3 prompt + 4 new" in result.stderr
+    assert "length" in result.stderr
+
+
+async def test_generate_from_token_ids_prints_token_ids(door):
+    result = await against(door, "generate", "--token-ids", "1,2", "--max-new-tokens", "3")
+    assert result.stdout == "3 4 5 \n"
+
+
+async def test_generate_json(door):
+    result = await against(
+        door, "generate", "a", "--max-new-tokens", "30", "--stop", "fg", "--json"
+    )
+    answer = json.loads(result.stdout)
+    assert (answer["text"], answer["token_ids"]) == ("bcde", [1, 2, 3, 4])
+    assert answer["finish_reason"] == "stop_sequence"
+    assert answer["timings"]["queue_s"] == pytest.approx(0.25)
+    assert answer["timings"]["expert_read_bytes"] == 7
+    assert answer["ttft_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate"], "either TEXT or --token-ids"),
+        (["generate", "a", "--token-ids", "1"], "either TEXT or --token-ids"),
+        (["generate", "--token-ids", "1,x"], "1,x"),
+        (["generate", "a", "--temperature", "-1"], "temperature is -1"),
+        (["generate", "\udcff"], "UTF-8"),
+    ],
+)
+async def test_bad_requests_exit_with_2_and_say_why(door, args, message):
+    result = await against(door, *args)
+    assert result.exit_code == cli.EXIT_ERROR
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["generate", "a"], ["status"], ["drain"], ["undrain"], ["warmup", "--timeout", "0"]],
+)
+async def test_nobody_there_exits_with_3(args):
+    result = await asyncio.to_thread(invoke, *args, "--target", NOBODY)
+    assert result.exit_code == cli.EXIT_UNREACHABLE
+    assert NOBODY in result.stderr
+    assert "remedy:" in result.stderr
+
+
+async def test_status_drain_undrain(door):
+    result = await against(door, "status")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0].split() == ["state", "ready"]
+    status = json.loads((await against(door, "status", "--json")).stdout)
+    assert status["state"] == "SERVER_STATE_READY"
+    assert int(status["memory"]["device_budget_bytes"]) > 0
+    drained = await against(door, "drain", "--wait", "1", "--json")
+    assert json.loads(drained.stdout) == {"remaining_requests": 0}
+    refused = await against(door, "generate", "a")
+    assert refused.exit_code == cli.EXIT_ERROR
+    assert "draining" in refused.stderr
+    assert "Retry after 2 s." in refused.stderr
+    assert (await against(door, "undrain")).exit_code == 0
+    assert (await against(door, "generate", "a")).exit_code == 0
+
+
+async def test_warmup_proves_and_reports(door, tmp_path):
+    report = tmp_path / "report.json"
+    result = await against(
+        door, "warmup", "--max-ttft-ms", "20000", "--report", str(report), "--json"
+    )
+    assert result.exit_code == 0
+    findings = json.loads(report.read_text())
+    assert json.loads(result.stdout) == findings
+    assert findings["passed"]
+    assert findings["state"] == "ready"
+    assert [probe["completion_tokens"] for probe in findings["probes"]] == [4, 4, 4]
+
+
+async def test_warmup_exits_with_5_when_a_limit_is_missed(door, tmp_path):
+    report = tmp_path / "report.json"
+    result = await against(door, "warmup", "--max-ttft-ms", "0.001", "--report", str(report))
+    assert result.exit_code == cli.EXIT_LIMIT_MISSED
+    assert "over max_ttft_ms = 0.001" in result.stderr
+    findings = json.loads(report.read_text())
+    assert not findings["passed"]
+    assert len(findings["probes"]) == 1
+
+
+async def test_warmup_exits_with_4_when_not_ready_in_time(tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    async with front_door("--gate", str(gate), until=ServerState.LOADING) as door:
+        result = await against(door, "warmup", "--timeout", "0.1")
+        assert result.exit_code == cli.EXIT_NOT_READY
+        assert "still loading (weights) after 0.1 s" in result.stderr
+        waiting = asyncio.create_task(against(door, "warmup"))
+        await asyncio.to_thread(gate.write_bytes, b"go")
+        assert (await asyncio.wait_for(waiting, WAIT_S)).exit_code == 0
+
+
+async def test_warmup_exits_with_4_at_once_when_the_server_failed(tmp_path):
+    report = tmp_path / "report.json"
+    async with front_door("--fatal", "final", until=ServerState.FAILED) as door:
+        result = await against(door, "warmup", "--report", str(report))
+    assert result.exit_code == cli.EXIT_NOT_READY
+    assert "No memory. Buy some." in result.stderr
+    assert "No memory" in json.loads(report.read_text())["error"]
+
+
+async def test_plan_and_check_config(tmp_path):
+    plan = json.loads(invoke("plan", "--json").stdout)
+    assert plan["minimum_device_bytes"] <= plan["device_budget_bytes"]
+    assert "expert slots" in invoke("plan").stdout
+    assert invoke("plan", "--device-memory", "1MiB").exit_code == cli.EXIT_ERROR
+    file = tmp_path / "moe.toml"
+    file.write_text('device_memory = "24GiB"\n[warmup]\nprobes = 9\n')
+    result = invoke("check-config", "--config", str(file), "--max-ttft-ms", "5", "--json")
+    resolved = json.loads(result.stdout)
+    assert resolved["device_memory"] == 24 * 2**30
+    assert (resolved["warmup"]["probes"], resolved["warmup"]["max_ttft_ms"]) == (9, 5.0)
+    assert "warmup.max_ttft_ms" in invoke("check-config").stdout
+    file.write_text("device_memroy = 1\n")
+    result = invoke("check-config", "--config", str(file))
+    assert result.exit_code == cli.EXIT_ERROR
+    assert "Did you mean 'device_memory'?" in result.stderr
+
+
+async def test_doctor_reports_and_survives_what_is_missing(monkeypatch):
+    findings = json.loads(invoke("doctor", "--json").stdout)
+    checks = {finding["check"] for finding in findings}
+    assert {"python", "torch", "memory", "memlock limit", "free disk", "GPU"} <= checks
+    assert all(set(finding) == {"check", "is_ok", "found", "remedy"} for finding in findings)
+
+    def absent(*_args, **_kwargs):
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    monkeypatch.setattr("importlib.metadata.version", _nothing_installed)
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    assert "not installed" in result.stdout
+    assert "pip install torch" in result.stdout
+    assert "cannot be told" in result.stdout
+
+
+def _nothing_installed(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    raise PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "/no/such/checkpoint"], "/no/such/checkpoint"),
+        (["--device-memory", "1MiB"], "device_memory"),
+        (["--device", "tpu"], "device = 'tpu'"),
+        (["--listen", "nowhere"], "nowhere"),
+    ],
+)
+async def test_serve_refuses_at_once_what_cannot_work(args, message):
+    result = await asyncio.to_thread(invoke, "serve", *args)
+    assert result.exit_code == cli.EXIT_ERROR
+    assert message in result.stderr
+    assert "remedy:" in result.stderr
+
+
+async def test_serve_refuses_a_taken_port(door):
+    result = await asyncio.to_thread(invoke, "serve", "--listen", door.server.address)
+    assert result.exit_code == cli.EXIT_ERROR
+    assert door.server.address in result.stderr
+
+
+async def serve(*flags: str, listen: str = "127.0.0.1:0"):
+    """A `moe-server serve` with a fake engine; returns it with its address, once READY."""
+    code = SERVE_WITH_FAKE_ENGINE.replace("FLAGS", repr(flags))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, "serve", "--listen", listen, stderr=asyncio.subprocess.PIPE
+    )
+    address = ""
+    while True:
+        line = (await asyncio.wait_for(process.stderr.readline(), WAIT_S)).decode()
+        assert line, "serve ended"
+        fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+        address = fields.get("address", address)
+        if fields.get("state") == "ready":
+            return process, address
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_serve_finishes_what_it_accepted_and_exits_with_0(number):
+    # The warm-up's prompts hold random tokens of the demo's vocabulary: large enough for all.
+    process, address = await serve("--step-s", "0.01", "--vocab", "4096")
+    running = asyncio.create_task(
+        asyncio.to_thread(
+            invoke, "generate", "--token-ids", "1", "--max-new-tokens", "50", "--ignore-eos",
+            "--json", "--target", address,
+        )
+    )  # fmt: skip
+    await asyncio.to_thread(_wait_running, address)
+    process.send_signal(number)
+    assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
+    answer = json.loads((await running).stdout)
+    assert answer["completion_tokens"] == 50
+
+
+def _wait_running(address: str) -> None:
+    from moe_server.client import Client
+
+    with Client(address) as client:
+        while client.status().load.running_requests == 0:
+            pass
+
+
+async def test_a_second_interrupt_ends_serve_at_once():
+    process, address = await serve("--step-s", "0.01", "--vocab", "4096")
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "moe_server", "generate", "--token-ids", "1", "--ignore-eos",
+        "--max-new-tokens", "2000", "--target", address,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert await client.stdout.read(2)
+    process.send_signal(signal.SIGINT)
+    while b"shutting down" not in (await asyncio.wait_for(process.stderr.readline(), WAIT_S)):
+        pass
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(process.wait(), WAIT_S) == cli.EXIT_INTERRUPTED
+    _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
+    assert client.returncode in (cli.EXIT_ERROR, cli.EXIT_UNREACHABLE)
+    assert b"Traceback" not in errors
+
+
+async def test_interrupting_generate_cancels_without_a_traceback():
+    model = make_model(max_request_tokens=100_000)
+    async with front_door("--step-s", "0.01", model=model) as door:
+        client = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "moe_server", "generate", "--token-ids", "1", "--ignore-eos",
+            "--max-new-tokens", "50000", "--target", door.server.address,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert await client.stdout.read(2)
+        client.send_signal(signal.SIGINT)
+        _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
+        assert client.returncode == cli.EXIT_INTERRUPTED
+        assert b"Traceback" not in errors
+        await eventually(lambda: door.num_cancels == 1)
+
+
+async def test_a_reader_that_leaves_is_no_traceback(door):
+    read, write = os.pipe()
+    os.close(read)
+    client = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "moe_server", "generate", "abc", "--target", door.server.address,
+        stdout=write, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    os.close(write)
+    _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
+    assert client.returncode == cli.EXIT_BROKEN_PIPE
+    assert errors == b""

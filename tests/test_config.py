@@ -1,0 +1,118 @@
+import json
+
+import pytest
+
+from moe_server.config import Config, known_keys, load_config, parse_bytes
+from moe_server.errors import MoeServerError, Reason
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('listen = "a:1"\nmodel_name = "file"\nmax_total_tokens = 7\nthreads = 2\n')
+    environ = {
+        "MOE_SERVER_MODEL_NAME": "environ",
+        "MOE_SERVER_MAX_TOTAL_TOKENS": "8",
+        "MOE_SERVER_WARMUP__MAX_TTFT_MS": "12.5",
+        "HOME": "/",
+    }
+    config = load_config(file, {"max_total_tokens": "9", "warmup.probes": 2}, environ)
+    assert config.listen == "a:1"
+    assert config.model_name == "environ"
+    assert config.max_total_tokens == 9
+    assert config.threads == 2
+    assert (config.warmup.max_ttft_ms, config.warmup.probes) == (12.5, 2)
+    assert config.device == Config().device
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (".toml", "[warmup]\nbatch = 3\n"),
+        (".yaml", "warmup:\n  batch: 3\n"),
+        (".yml", "warmup: {batch: 3}\n"),
+        (".json", '{"warmup": {"batch": 3}}'),
+    ],
+)
+def test_kinds_of_files(tmp_path, suffix, text):
+    file = tmp_path / f"config{suffix}"
+    file.write_text(text)
+    assert load_config(file, environ={}).warmup.batch == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("device_memroy", "device_memory"),
+        ("warmup.max_ttft", "warmup.max_ttft_ms"),
+        ("scheduler.max_runing", "scheduler.max_running"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, nearest):
+    with pytest.raises(MoeServerError) as caught:
+        load_config(flags={key: "1"}, environ={})
+    assert key in caught.value.message
+    assert nearest in caught.value.remedy
+    assert caught.value.field == key
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("device", "tpu"),
+        ("device_memory", "24 parsecs"),
+        ("device_memory", "-1"),
+        ("host_memory", "min"),
+        ("max_total_tokens", "0"),
+        ("warmup.max_ttft_ms", "-5"),
+        ("service.shutdown_grace_s", "soon"),
+    ],
+)
+def test_a_bad_value_names_its_key(key, value):
+    with pytest.raises(MoeServerError) as caught:
+        load_config(flags={key: value}, environ={})
+    assert caught.value.field == key
+    assert key in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("24GiB", 24 * 2**30),
+        ("1.5 GB", 1_500_000_000),
+        ("512mb", 512_000_000),
+        ("1_000", 1000),
+        ("7", 7),
+        ("min", "min"),
+        (5, 5),
+    ],
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(MoeServerError) as caught:
+        load_config(tmp_path / "absent.toml", environ={})
+    assert caught.value.reason is Reason.NOT_FOUND
+    for name, text in (("a.toml", "x ="), ("b.json", "[1]"), ("c.ini", "")):
+        file = tmp_path / name
+        file.write_text(text)
+        with pytest.raises(MoeServerError, match=name):
+            load_config(file, environ={})
+
+
+def test_a_config_survives_the_way_to_the_engine():
+    config = load_config(flags={"device_memory": "min", "warmup.batch": 2}, environ={})
+    assert Config.model_validate_json(config.model_dump_json()) == config
+
+
+def test_every_key_is_documented():
+    documented = json.dumps(Config.model_json_schema())
+    assert documented.count('"description"') >= len(known_keys()) - 3
+    assert "warmup.max_ttft_ms" in known_keys()
+
+
+def test_names_of_the_served_model(tmp_path):
+    assert load_config(environ={}).served_name == "demo"
+    assert Config(model=str(tmp_path)).served_name == tmp_path.name
+    assert Config(model=str(tmp_path), model_name="x").served_name == "x"

@@ -1,0 +1,214 @@
+"""The engine's lives, with a fake engine and a warm-up that only counts."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moe_server.budget import plan_memory
+from moe_server.checkpoint import read_checkpoint
+from moe_server.config import Config
+from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import Submit
+from moe_server.patience import longest_step_s
+from moe_server.state import ServerState
+from moe_server.supervisor import Supervisor
+from tests.front_door import FAKE_ENGINE, PATIENCE, WAIT_S, eventually, make_config
+
+
+@asynccontextmanager
+async def supervised(*flags, prove=None, command=None, patience=PATIENCE):
+    async def ready_at_once() -> None:
+        pass
+
+    supervisor = Supervisor(
+        make_config(), prove or ready_at_once, command or (*FAKE_ENGINE, *flags), patience
+    )
+    supervisor.start()
+    try:
+        yield supervisor
+    finally:
+        await supervisor.stop()
+
+
+async def reach(supervisor: Supervisor, *states: ServerState) -> ServerState:
+    return await asyncio.wait_for(supervisor.feed.wait_for(*states), WAIT_S)
+
+
+async def exhaust(batches) -> None:
+    async for _ in batches:
+        pass
+
+
+async def tokens(supervisor: Supervisor, prompt: list[int], num_tokens: int) -> list[int]:
+    with supervisor.admit() as request:
+        supervisor.submit(request, Submit(request.request_id, prompt, num_tokens, []))
+        return [event.token_id async for batch in request for event in batch]
+
+
+async def test_states_in_order_and_a_request(tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    proving = asyncio.Event()
+    async with supervised("--gate", str(gate), prove=proving.wait) as supervisor:
+        with supervisor.feed.watch() as watcher:
+            assert await watcher.next() is ServerState.STARTING
+            assert await watcher.next() is ServerState.LOADING
+            assert supervisor.progress.stage == "weights"
+            await asyncio.to_thread(gate.write_bytes, b"go")
+            assert await watcher.next() is ServerState.WARMING
+            with pytest.raises(MoeServerError, match="warming") as caught, supervisor.admit():
+                pass
+            assert caught.value.reason is Reason.UNAVAILABLE
+            with supervisor.admit(is_probe=True):
+                pass
+            proving.set()
+            assert await watcher.next() is ServerState.READY
+        assert await tokens(supervisor, [5], 3) == [6, 7, 8]
+        assert supervisor.num_open_requests == 0
+        startup_s = supervisor.startup_s
+        assert supervisor.startup_s == startup_s
+
+
+async def test_nothing_is_left_behind():
+    def folders() -> set[Path]:
+        return set(Path(tempfile.gettempdir()).glob("moe-server-*"))
+
+    before = folders()
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        pid = supervisor.engine_pid
+        assert folders() - before
+    assert not psutil.pid_exists(pid)
+    assert not folders() - before
+
+
+async def test_stopping_while_loading_and_before_the_engine_connects(tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    patience = replace(PATIENCE, shutdown_s=0.1)
+    async with supervised("--gate", str(gate), patience=patience) as supervisor:
+        await reach(supervisor, ServerState.LOADING)
+        pid = supervisor.engine_pid
+    assert not psutil.pid_exists(pid)
+    async with supervised() as supervisor:
+        await eventually(lambda: supervisor.engine_pid is not None)
+        pid = supervisor.engine_pid
+    assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_crashed_or_hung_engine_is_replaced(how):
+    patience = replace(PATIENCE, idle_s=1.0, busy_s=1.0)
+    async with supervised("--step-s", "0.01", patience=patience) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        pid = supervisor.engine_pid
+        with supervisor.feed.watch() as watcher, supervisor.admit() as request:
+            assert await watcher.next() is ServerState.READY
+            supervisor.submit(request, Submit(request.request_id, [1], 10_000, []))
+            batches = aiter(request)
+            await anext(batches)
+            os.kill(pid, how)
+            with pytest.raises(MoeServerError, match="engine was lost") as caught:
+                await asyncio.wait_for(exhaust(batches), WAIT_S)
+            assert caught.value.reason is Reason.UNAVAILABLE
+            assert await watcher.next() is ServerState.STARTING
+        await reach(supervisor, ServerState.READY)
+        assert supervisor.num_restarts == 1
+        assert supervisor.engine_pid != pid
+        assert not psutil.pid_exists(pid)
+        assert await tokens(supervisor, [1], 2) == [2, 3]
+
+
+async def test_a_crash_in_the_middle_of_a_request(tmp_path):
+    flags = ("--crash-token", "9", "--crash-once", str(tmp_path / "crashed"))
+    async with supervised(*flags) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        with pytest.raises(MoeServerError, match="exit code 7"):
+            await tokens(supervisor, [5], 10)
+        await reach(supervisor, ServerState.READY)
+        assert await tokens(supervisor, [5], 5) == [6, 7, 8, 9, 10]
+
+
+async def test_a_final_fatal_is_failed_with_the_remedy():
+    async with supervised("--fatal", "final") as supervisor:
+        await reach(supervisor, ServerState.FAILED)
+        assert supervisor.reason == "No memory. Buy some."
+        assert supervisor.num_restarts == 0
+        with pytest.raises(MoeServerError, match=r"failed\. No memory\.") as caught:
+            await tokens(supervisor, [1], 1)
+        assert caught.value.reason is Reason.UNAVAILABLE
+
+
+async def test_a_passing_fatal_is_retried_with_growing_backoff():
+    async with supervised("--fatal", "retry") as supervisor:
+        for backoff_s in ("0.02", "0.04", "0.08", "0.1"):
+            stage = f"restarting the engine in {backoff_s} s: No memory."
+            await eventually(lambda stage=stage: supervisor.progress.stage == stage)
+        await eventually(lambda: supervisor.num_restarts >= 4)
+        assert supervisor.reason == ""
+
+
+async def test_an_engine_that_cannot_be_spawned_is_retried_and_said():
+    async with supervised(command=("/no/such/engine",)) as supervisor:
+        await eventually(lambda: supervisor.num_restarts >= 2)
+        assert "/no/such/engine" in supervisor.progress.stage
+
+
+async def test_a_failed_proof_is_failed_and_never_ready():
+    async def refuse() -> None:
+        raise MoeServerError("Too slow.", "Buy a faster one.")
+
+    async with supervised(prove=refuse) as supervisor:
+        with supervisor.feed.watch() as watcher:
+            states = []
+            while ServerState.FAILED not in states:
+                states.append(await asyncio.wait_for(watcher.next(), WAIT_S))
+        assert ServerState.READY not in states
+        assert supervisor.reason == "Too slow. Buy a faster one."
+        assert supervisor.engine_pid is None
+
+
+async def test_a_crash_while_proving_proves_again():
+    lives = 0
+    supervisor_ready: list[Supervisor] = []
+
+    async def prove() -> None:
+        nonlocal lives
+        lives += 1
+        if lives == 1:
+            os.kill(supervisor_ready[0].engine_pid, signal.SIGKILL)
+            await asyncio.Event().wait()
+
+    async with supervised(prove=prove) as supervisor:
+        supervisor_ready.append(supervisor)
+        await reach(supervisor, ServerState.READY)
+        assert (lives, supervisor.num_restarts) == (2, 1)
+
+
+async def test_drain_hides_readiness_until_undrain():
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        assert await supervisor.drain() == 0
+        assert supervisor.state is ServerState.DRAINING
+        with pytest.raises(MoeServerError, match="draining"), supervisor.admit():
+            pass
+        supervisor.undrain()
+        assert supervisor.state is ServerState.READY
+
+
+def test_the_longest_step_allows_for_what_must_be_read():
+    config = Config()
+    checkpoint = read_checkpoint(config.model_path)
+    resident = plan_memory(config, checkpoint)
+    assert longest_step_s(config, resident, 0) == 10.0
+    paged = replace(resident, num_slots=1, expert_bytes=10**9)
+    num_absent = paged.num_experts_total - 1
+    assert longest_step_s(config, paged, 0) == pytest.approx(10 + 5 * num_absent)
+    assert longest_step_s(config, resident, 10**9) > 100
