@@ -112,11 +112,12 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     budget = _device_budget(config, minimum, minimum + (total - 1) * slot)
     if budget < minimum:
         raise MoeServerError(
-            f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense weights "
-            f"{format_bytes(dense)}, KV cache {format_bytes(kv)}, workspace {format_bytes(workspace)} "
-            f"and one expert slot {format_bytes(slot)} need {minimum} bytes.",
-            f"Give at least {minimum} bytes ({format_bytes(minimum)}), or lower max_total_tokens or "
-            "scheduler.max_batch_tokens.",
+            f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense "
+            f"weights {format_bytes(dense)}, KV cache {format_bytes(kv)}, workspace "
+            f"{format_bytes(workspace)} and one expert slot {format_bytes(slot)} need "
+            f"{minimum} bytes.",
+            f"Give at least {minimum} bytes ({format_bytes(minimum)}), or lower max_total_tokens "
+            "or scheduler.max_batch_tokens.",
             field="device_memory",
         )
     num_slots = min(total, (budget - minimum) // slot + 1)
@@ -158,8 +159,8 @@ def check_room(plan: MemoryPlan, config: Config) -> None:
     available = available_memory_bytes()
     if needed > available:
         raise MoeServerError(
-            f"The budgets need {format_bytes(needed)} of memory ({format_bytes(RUNTIME_BYTES)} of it "
-            f"the Python runtime), but only {format_bytes(available)} are available here.",
+            f"The budgets need {format_bytes(needed)} of memory ({format_bytes(RUNTIME_BYTES)} of "
+            f"it the Python runtime), but only {format_bytes(available)} are available here.",
             f"Lower device_memory or host_memory by {needed - available} bytes, raise the cgroup's "
             "limit, or end other programs.",
             reason=Reason.EXHAUSTED,
@@ -169,14 +170,14 @@ def check_room(plan: MemoryPlan, config: Config) -> None:
 
 def available_memory_bytes() -> int:
     """Bytes this process can still take: free memory of the machine, or what its cgroups leave."""
-    with open("/proc/meminfo", encoding="ascii") as stream:
+    with Path("/proc/meminfo").open(encoding="ascii") as stream:
         fields = dict(line.split(":", 1) for line in stream)
     available = int(fields["MemAvailable"].split()[0]) * 1024
     return min([available, *_cgroup_room()])
 
 
 def _cgroup_room() -> Iterator[int]:
-    """What each memory cgroup around this process leaves; page cache in it does not count as used."""
+    """What each memory cgroup around this process leaves; its page cache does not count as used."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -137,7 +137,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     architecture = (config.get("architectures") or ["(none)"])[0]
     if config.get("model_type") != "mixtral":
         raise MoeServerError(
-            f"{path}: architecture {architecture} (model_type {config.get('model_type')!r}) is not served.",
+            f"{path}: architecture {architecture} (model_type {config.get('model_type')!r}) is not "
+            "served.",
             "Use a Mixtral checkpoint (model_type 'mixtral').",
             reason=Reason.UNSUPPORTED,
             field="model",
@@ -202,7 +203,7 @@ def _sizes(config: Mapping[str, Any], path: Path) -> dict[str, int]:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise MoeServerError(
-                f"{path / 'config.json'}: {name} is {value!r}, expected a whole number of at least 1.",
+                f"{path / 'config.json'}: {name} is {value!r}, expected a whole number above 0.",
                 "Restore the checkpoint's own config.json.",
                 field="model",
             )

@@ -1,8 +1,8 @@
 """Configuration: frozen, composed, resolved once. Imports nothing of ours but the error it raises.
 
-Sources, strongest first: command-line flags, environment (`MOE_SERVER_DEVICE_MEMORY`, nested keys with
-a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`), the file given by `--config` (TOML, YAML or
-JSON), defaults. An unknown key is an error that names the nearest known one.
+Sources, strongest first: command-line flags, environment (`MOE_SERVER_DEVICE_MEMORY`, nested keys
+with a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`), the file given by `--config` (TOML, YAML
+or JSON), defaults. An unknown key is an error that names the nearest known one.
 """
 
 import difflib
@@ -80,8 +80,8 @@ class WarmupConfig(Section):
     """What READY has to prove."""
 
     prompt_tokens: int = Field(16, ge=1)
-    """Length of the prompts that the warm-up sends (cut to what the model's context allows). 16 tokens
-    meet nearly all of a layer's 8 experts; longer prompts prove more and take longer."""
+    """Length of the prompts that the warm-up sends (cut to what the model's context allows). 16
+    tokens meet nearly all of a layer's 8 experts; longer prompts prove more and take longer."""
     new_tokens: int = Field(4, ge=2)
     """Tokens generated for each of them."""
     batch: int = Field(4, ge=1)
@@ -112,11 +112,11 @@ class Config(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where it computes. On a CPU the device budget is RAM."""
     device_memory: DeviceMemory | None = None
-    """Bytes for everything on the device: dense weights, KV cache, expert slots, workspace. "min": the
-    smallest that can run. Unset: everything resident if it fits, else most of what is free."""
+    """Bytes for everything on the device: dense weights, KV cache, expert slots, workspace. "min":
+    the smallest that can run. Unset: everything resident if it fits, else most of what is free."""
     host_memory: ByteSize = 0
-    """Bytes for expert records in (on CUDA: pinned) host memory; 0: experts that are not on the device
-    are read from disk."""
+    """Bytes for expert records in (on CUDA: pinned) host memory; 0: experts that are not on the
+    device are read from disk."""
     max_total_tokens: int = Field(16384, ge=1)
     """Tokens the KV cache holds, over all running requests; also bounds one request."""
     expert_format: Literal["checkpoint"] = "checkpoint"

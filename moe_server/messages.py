@@ -1,7 +1,7 @@
 """What the front door and the engine process say to each other.
 
-Plain facts as msgspec structs, encoded as MessagePack. Neither gRPC nor torch appears here; times are
-`time.monotonic()` seconds, which Linux shares between processes.
+Plain facts as msgspec structs, encoded as MessagePack. Neither gRPC nor torch appears here; times
+are `time.monotonic()` seconds, which Linux shares between processes.
 """
 
 from enum import Enum

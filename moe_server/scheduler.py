@@ -1,9 +1,9 @@
 """Which requests take part in the next step, and with how many tokens. Pure Python.
 
 waiting -> running -> gone. Continuous batching: every running request that decodes gets its one
-token first, then prompts are prefilled in chunks with what is left of the step's token budget, first
-come first served. A request starts only when the KV blocks of its longest possible form are free, so
-a running request never runs out of them.
+token first, then prompts are prefilled in chunks with what is left of the step's token budget,
+first come first served. A request starts only when the KV blocks of its longest possible form are
+free, so a running request never runs out of them.
 """
 
 from collections import deque

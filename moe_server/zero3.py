@@ -1,7 +1,7 @@
 """The dense weights under DeepSpeed ZeRO-3, for inference, in one process, without a launcher.
 
-ZeRO-3 partitions the parameters it is given and gathers each layer around its forward pass; with one
-process on the same device gathering is a view and costs no copy. Experts never come here: given
+ZeRO-3 partitions the parameters it is given and gathers each layer around its forward pass; with
+one process on the same device gathering is a view and costs no copy. Experts never come here: given
 them, ZeRO-3 would gather whole layers of them (measured: 704 MB a token where top-2 needs 176).
 
 DeepSpeed is imported inside `wrap`, after the environment it reads has been set.

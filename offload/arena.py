@@ -48,7 +48,8 @@ class Arena:
 
     def __getitem__(self, index: int) -> torch.Tensor:
         """The record at `index`: uint8, shape (stride_bytes,), a view."""
-        assert self._records is not None and 0 <= index < self.count
+        assert self._records is not None
+        assert 0 <= index < self.count
         return self._records[index]
 
 
