@@ -1,0 +1,1 @@
+"""The embedded demo checkpoint: a tiny Mixtral that is read as files; see README.md here."""
