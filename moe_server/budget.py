@@ -9,7 +9,7 @@ what the machine (or its memory cgroup) has. Pure Python.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
@@ -200,8 +200,10 @@ def _cgroup_room() -> Iterator[int]:
             )
         else:
             continue
-        # Inside a container the group's own path may not be visible; its root then is our group.
-        for folder in (Path(root + group), Path(root)):
+        # A limit may also stand further up. Inside a container the group's own path may not be
+        # visible; the root then is our group.
+        path = PurePosixPath(group)
+        for folder in (Path(f"{root}{level}") for level in (path, *path.parents)):
             try:
                 limit_bytes = int((folder / limit).read_text())
                 used_bytes = int((folder / usage).read_text())
@@ -211,7 +213,6 @@ def _cgroup_room() -> Iterator[int]:
             except (OSError, ValueError):  # "max" is no number: no limit
                 continue
             yield limit_bytes - used_bytes + sum(int(stat.get(name, 0)) for name in cached)
-            break
 
 
 def format_bytes(count: int) -> str:

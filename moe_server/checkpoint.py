@@ -7,6 +7,7 @@ Face tensor names. Pure Python: the front door and the light commands read check
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         MoeServerError: Anything that would make loading fail later: a missing or truncated file, an
             architecture we do not serve, a tensor that is missing or has another dtype or shape.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # noqa: PTH112  is_dir() raises where a name is too long
         raise MoeServerError(
             f"{path} is not a directory.",
             "Give a Hugging Face checkpoint directory, or `demo` for the embedded model.",
@@ -134,7 +135,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             field="model",
         )
     config = _read_json(path / "config.json")
-    architecture = (config.get("architectures") or ["(none)"])[0]
+    architecture = _architecture(config)
     if config.get("model_type") != "mixtral":
         raise MoeServerError(
             f"{path}: architecture {architecture} (model_type {config.get('model_type')!r}) is not "
@@ -171,8 +172,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         head_dim=head_dim,
         num_experts=num_experts,
         num_experts_per_token=sizes["num_experts_per_tok"],
-        max_context_tokens=_max_context(config, sizes["max_position_embeddings"]),
-        bos_token_id=config.get("bos_token_id"),
+        max_context_tokens=_max_context(config, sizes["max_position_embeddings"], path),
+        bos_token_id=next(iter(_token_ids(config, "bos_token_id", path / "config.json")), None),
         eos_token_ids=_eos_token_ids(config, path),
         dense=dense,
         experts=experts,
@@ -193,47 +194,90 @@ _SIZE_DEFAULTS = {
 }
 
 
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "(none)"
+
+
 def _sizes(config: Mapping[str, Any], path: Path) -> dict[str, int]:
+    file = path / "config.json"
     sizes = {name: config.get(name) for name in _REQUIRED_SIZES}
     sizes |= {name: config.get(name, default) for name, default in _SIZE_DEFAULTS.items()}
-    heads = sizes["num_attention_heads"]
-    sizes["num_key_value_heads"] = config.get("num_key_value_heads") or heads
-    if isinstance(heads, int) and heads > 0 and isinstance(sizes["hidden_size"], int):
-        sizes["head_dim"] = config.get("head_dim") or sizes["hidden_size"] // heads
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise MoeServerError(
-                f"{path / 'config.json'}: {name} is {value!r}, expected a whole number above 0.",
-                "Restore the checkpoint's own config.json.",
-                field="model",
-            )
-    checked = {name: int(value) for name, value in sizes.items() if value is not None}
+    checked = {name: _at_least_one(name, value, file) for name, value in sizes.items()}
+    heads = checked["num_attention_heads"]
+    derived = {"num_key_value_heads": heads, "head_dim": checked["hidden_size"] // heads}
+    for name, default in derived.items():
+        value = config.get(name)
+        checked[name] = _at_least_one(name, default if value is None else value, file)
     if checked["num_experts_per_tok"] > checked["num_local_experts"]:
-        raise MoeServerError(
-            f"{path / 'config.json'}: num_experts_per_tok {checked['num_experts_per_tok']} exceeds "
-            f"num_local_experts {checked['num_local_experts']}.",
-            "Restore the checkpoint's own config.json.",
-            field="model",
+        experts = checked["num_local_experts"]
+        raise _bad_config(
+            file,
+            "num_experts_per_tok",
+            checked["num_experts_per_tok"],
+            f"at most {experts} experts",
         )
+    if heads % checked["num_key_value_heads"]:
+        key_value_heads = checked["num_key_value_heads"]
+        raise _bad_config(
+            file,
+            "num_key_value_heads",
+            key_value_heads,
+            f"a divisor of the {heads} attention heads",
+        )
+    if checked["head_dim"] % 2:
+        raise _bad_config(file, "head_dim", checked["head_dim"], "an even number to rotate")
+    if config.get("sliding_window") is not None:
+        _at_least_one("sliding_window", config["sliding_window"], file)
     return checked
 
 
-def _max_context(config: Mapping[str, Any], max_positions: int) -> int:
+def _at_least_one(name: str, value: object, file: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise _bad_config(file, name, value, "a whole number of at least 1")
+    return value
+
+
+def _bad_config(file: Path, name: str, value: object, expected: str) -> MoeServerError:
+    return MoeServerError(
+        f"{file}: {name} is {value!r}, expected {expected}.",
+        f"Restore the checkpoint's own {file.name}.",
+        field="model",
+    )
+
+
+def _max_context(config: Mapping[str, Any], max_positions: int, path: Path) -> int:
+    file = path / "config.json"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise _bad_config(file, "rope_parameters", rope, "a table")
     if rope.get("rope_type", rope.get("type", "default")) not in BATCH_DEPENDENT_ROPE:
         return max_positions
-    original = rope.get("original_max_position_embeddings") or config.get(
-        "original_max_position_embeddings"
+    name = "original_max_position_embeddings"
+    original = rope.get(name, config.get(name))
+    return (
+        max_positions
+        if original is None
+        else min(max_positions, _at_least_one(name, original, file))
     )
-    return min(max_positions, int(original or max_positions))
 
 
 def _eos_token_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     # generate() of transformers reads generation_config.json, where it exists, and so do we.
     file = path / "generation_config.json"
-    source = {**config, **(_read_json(file) if file.exists() else {})}
-    eos = source.get("eos_token_id")
-    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+    generation = _read_json(file) if file.exists() else {}
+    if "eos_token_id" in generation:
+        return _token_ids(generation, "eos_token_id", file)
+    return _token_ids(config, "eos_token_id", path / "config.json")
+
+
+def _token_ids(config: Mapping[str, Any], name: str, file: Path) -> tuple[int, ...]:
+    """The tokens that a key names: none, one or a list of them."""
+    value = config.get(name)
+    token_ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int and token >= 0 for token in token_ids):
+        raise _bad_config(file, name, value, "token ids")
+    return tuple(token_ids)
 
 
 def _dense_names(
@@ -370,20 +414,15 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
             if header_bytes > MAX_HEADER_BYTES or data_start > file_bytes:
                 raise _truncated(file, f"its header says {header_bytes} bytes", file_bytes)
             header = json.loads(stream.read(header_bytes))
+            if not isinstance(header, dict):
+                raise TypeError("its header is no table")
             for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
-                start, end = entry["data_offsets"]
-                if not 0 <= start <= end:
-                    raise ValueError(f"offsets {start}..{end}")
-                if data_start + end > file_bytes:
-                    raise _truncated(file, f"{name} ends at byte {data_start + end}", file_bytes)
-                yield (
-                    name,
-                    TensorLocation(
-                        file, data_start + start, end - start, entry["dtype"], tuple(entry["shape"])
-                    ),
-                )
+                if name != "__metadata__":
+                    tensor = _location(file, data_start, entry)
+                    end = tensor.offset + tensor.nbytes
+                    if end > file_bytes:
+                        raise _truncated(file, f"{name} ends at byte {end}", file_bytes)
+                    yield name, tensor
     except FileNotFoundError:
         raise MoeServerError(
             f"{file} is missing.",
@@ -397,12 +436,22 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
             "Check the file and its permissions.",
             field="model",
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MoeServerError(
             f"{file} is not a valid safetensors file ({error}).",
             "Copy the file again.",
             field="model",
         ) from None
+
+
+def _location(file: Path, data_start: int, entry: Mapping[str, Any]) -> TensorLocation:
+    start, end = entry["data_offsets"]
+    shape, dtype = entry["shape"], entry["dtype"]
+    if any(type(number) is not int for number in (start, end, *shape)):
+        raise TypeError(f"offsets {start}..{end} and shape {shape} are no whole numbers")
+    if not isinstance(dtype, str) or not 0 <= start <= end:
+        raise ValueError(f"dtype {dtype}, offsets {start}..{end}")
+    return TensorLocation(file, data_start + start, end - start, dtype, tuple(shape))
 
 
 def _truncated(file: Path, claim: str, file_bytes: int) -> MoeServerError:
@@ -429,7 +478,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             "Check the file and its permissions.",
             field="model",
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MoeServerError(
             f"{file} is not valid JSON ({error}).", "Copy the file again.", field="model"
         ) from None

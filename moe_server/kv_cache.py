@@ -85,5 +85,7 @@ class PagedKv:
         Returns:
             Two tensors (num_tokens, num_kv_heads, head_dim).
         """
-        blocks = self._blocks[layer].index_select(1, block_table).flatten(1, 2)
+        # The table has the blocks of the request's longest form; most are empty at first.
+        filled = block_table[: -(-num_tokens // self._blocks.shape[3])]
+        blocks = self._blocks[layer].index_select(1, filled).flatten(1, 2)
         return blocks[0, :num_tokens], blocks[1, :num_tokens]

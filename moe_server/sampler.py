@@ -77,8 +77,9 @@ def _draw(row: torch.Tensor, sampling: Sampling, number: int) -> int:
         logits = logits[: sampling.top_k]
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities[before < sampling.top_p]
+        # Those that do not reach top_p together, and the one that does.
+        num_below = int((probabilities.cumsum(dim=-1) < sampling.top_p).sum())
+        probabilities = probabilities[: num_below + 1]
     # They descend: what min_p drops is a tail, and the first always stays.
     probabilities = probabilities[probabilities >= sampling.min_p * probabilities[0]]
     cumulative = probabilities.cumsum(dim=-1)

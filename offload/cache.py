@@ -285,12 +285,11 @@ class ExpertCache:
     def _exchange(self, record: torch.Tensor, slot: torch.Tensor) -> None:
         """Swaps two experts, piece by piece: a full host tier has no record to set one aside."""
         started = time.perf_counter()
-        for piece, slot_piece in zip(
-            record.split(_EXCHANGE_BYTES), slot.split(_EXCHANGE_BYTES), strict=True
-        ):
-            aside = slot_piece.clone()
-            slot_piece.copy_(piece)
-            piece.copy_(aside)
+        for start in range(0, self._stride_bytes, _EXCHANGE_BYTES):
+            piece = slice(start, start + _EXCHANGE_BYTES)
+            aside = slot[piece].clone()
+            slot[piece].copy_(record[piece])
+            record[piece].copy_(aside)
         self.counters.transfer_s += time.perf_counter() - started
         self.counters.transfer_bytes += self._stride_bytes
 
