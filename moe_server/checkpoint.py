@@ -407,6 +407,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
     """Parses one safetensors header: 8 bytes of length, JSON, then the data it points into."""
     try:
         with file.open("rb") as stream:
+            if not stream.seekable():
+                raise TypeError("it is no regular file")
             file_bytes = stream.seek(0, 2)
             stream.seek(0)
             header_bytes = int.from_bytes(stream.read(8), "little")

@@ -1,8 +1,8 @@
 """Configuration: frozen, composed, resolved once. Imports nothing of ours but the error it raises.
 
 Sources, strongest first: command-line flags, environment (`MOE_SERVER_DEVICE_MEMORY`, nested keys
-with a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`), the file given by `--config` (TOML, YAML
-or JSON), defaults. An unknown key is an error that names the nearest known one.
+with a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`), the file given by `--config` (TOML,
+YAML or JSON), defaults. An unknown key is an error that names the nearest known one.
 """
 
 import difflib
@@ -222,7 +222,15 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise MoeServerError(f"{path} does not parse: {error}.") from None
     if not isinstance(content, dict):
         raise MoeServerError(f"{path} holds a {type(content).__name__}, expected a table of keys.")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    return _with_text_keys(content)
+
+
+def _with_text_keys(table: Mapping[Any, Any]) -> dict[str, Any]:
+    """Keys as they are spelled here: text, with underscores for hyphens."""
+    return {
+        str(key).replace("-", "_"): _with_text_keys(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+    }
 
 
 def _nested(dotted: str, value: object) -> dict[str, Any]:

@@ -83,7 +83,16 @@ class Model:
             dtype=self._dtype,
             device=device,
         )
-        self._module = _build_module(checkpoint, device)
+        try:
+            self._module = _build_module(checkpoint, device)
+        except Exception as error:
+            # It checks config.json in many places and raises whatever each of them does.
+            raise MoeServerError(
+                f"transformers cannot build {checkpoint.architecture} from "
+                f"{checkpoint.path / 'config.json'}: {error!r}.",
+                "Restore the checkpoint's own config.json.",
+                field="model",
+            ) from error
         for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
             self._attach(number, layer.get_submodule("mlp"))
         self._forward: Callable[..., Any] = self._module

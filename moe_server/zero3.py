@@ -56,22 +56,39 @@ def wrap(
         backend = "nccl" if device.type == "cuda" else "gloo"
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    engine, *_ = deepspeed.initialize(model=module, config=settings)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, config=settings)
+    except (ValueError, TypeError, AssertionError) as error:
+        if config_file is None:
+            raise
+        raise MoeServerError(
+            f"{config_file}: DeepSpeed does not accept it: {error!r}.",
+            "Correct the file; see deepspeed.ai/docs/config-json.",
+            field="zero3_config",
+        ) from error
     engine.eval()
     return engine  # type: ignore[no-any-return]
 
 
 def _settings(module: nn.Module, dtype: torch.dtype, config_file: Path | None) -> dict[str, Any]:
     settings = {} if config_file is None else _read(config_file)
+    for name in ("optimizer", "scheduler"):
+        if name in settings:
+            raise MoeServerError(
+                f"{config_file}: {name} is for training, and there is none here.",
+                f"Remove {name} from the file.",
+                field="zero3_config",
+            )
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
-    zero = settings.setdefault("zero_optimization", {"stage": 3})
+    zero = _section(settings, "zero_optimization", {"stage": 3}, config_file)
     if zero.get("stage") != 3:
         raise MoeServerError(
             f"{config_file}: zero_optimization.stage is {zero.get('stage')!r}, expected 3.",
             "Set it to 3, or use dense_backend = resident.",
             field="zero3_config",
         )
-    if zero.get("offload_param", {}).get("device") == "nvme" and dtype == torch.float32:
+    offload = _section(dict(zero), "offload_param", {}, config_file)
+    if offload.get("device") == "nvme" and dtype == torch.float32:
         raise MoeServerError(
             f"{config_file}: DeepSpeed's NVMe offload silently casts float32 to bfloat16.",
             "Use offload_param.device cpu or none for this checkpoint.",
@@ -79,7 +96,8 @@ def _settings(module: nn.Module, dtype: torch.dtype, config_file: Path | None) -
         )
     for name, its_dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         wanted = dtype == its_dtype
-        if settings.setdefault(name, {"enabled": wanted}).get("enabled", False) != wanted:
+        section = _section(settings, name, {"enabled": wanted}, config_file)
+        if section.setdefault("enabled", wanted) != wanted:
             raise MoeServerError(
                 f"{config_file}: {name}.enabled contradicts the checkpoint's dtype {dtype}.",
                 f"Remove {name} from the file.",
@@ -93,6 +111,29 @@ def _settings(module: nn.Module, dtype: torch.dtype, config_file: Path | None) -
     return settings
 
 
+def _section(
+    settings: dict[str, Any], name: str, default: dict[str, Any], config_file: Path | None
+) -> dict[str, Any]:
+    """A group of keys; sets it to `default` where it is missing."""
+    section = settings.setdefault(name, default)
+    if not isinstance(section, dict):
+        raise MoeServerError(
+            f"{config_file}: {name} is {section!r}, expected an object.",
+            "Write its keys in braces, or remove it.",
+            field="zero3_config",
+        )
+    return section
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """Drops every "auto", which leaves a choice to whoever runs DeepSpeed: defaults do."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
+
+
 def _qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -100,7 +141,7 @@ def _qualified_name(cls: type) -> str:
 def _read(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MoeServerError(
             f"Cannot use {file} as a DeepSpeed configuration: {error}.",
             "Give a readable JSON file.",
@@ -108,7 +149,7 @@ def _read(file: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(settings, dict):
         raise MoeServerError(f"{file} does not hold a JSON object.", field="zero3_config")
-    return settings
+    return _without_auto(settings)
 
 
 def _log_like_everyone(logger: logging.Logger) -> None:

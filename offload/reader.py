@@ -204,7 +204,10 @@ def _open(path: Path) -> _OpenFile:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        return _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), direct=False)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # No read-ahead: it would bring pages after they were dropped, for good.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return _OpenFile(descriptor, direct=False)
     return _OpenFile(descriptor, direct=True)
 
 

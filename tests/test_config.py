@@ -116,3 +116,10 @@ def test_names_of_the_served_model(tmp_path):
     assert load_config(environ={}).served_name == "demo"
     assert Config(model=str(tmp_path)).served_name == tmp_path.name
     assert Config(model=str(tmp_path), model_name="x").served_name == "x"
+
+
+def test_keys_that_are_no_text_are_unknown_keys(tmp_path):
+    file = tmp_path / "server.yaml"
+    file.write_text("warmup: {1: 2}\n")
+    with pytest.raises(MoeServerError, match=r"warmup\.1"):
+        load_config(file, environ={})

@@ -1,0 +1,383 @@
+"""The reader against a file it cannot know: every alignment, and every way the file can fail it."""
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_server.errors import MoeServerError, Reason
+from moe_server.offload.layout import PAGE_BYTES, Segment
+from moe_server.offload.reader import Reader
+
+CHUNK_BYTES = 2 * PAGE_BYTES
+CONTENT = random.Random(0).randbytes(11 * PAGE_BYTES + 1234)
+UNTOUCHED = 0xEE
+WAIT_S = 20
+
+
+class Target:
+    """Page-aligned memory that shows where it was written."""
+
+    def __init__(self, size: int = 16 * PAGE_BYTES) -> None:
+        self.memory = mmap.mmap(-1, size)
+        self.memory[:] = bytes([UNTOUCHED]) * size
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def holds(self, content: bytes, offset: int) -> None:
+        """Asserts that `content` is at `offset` and nothing was written around it."""
+        end = offset + len(content)
+        assert self.memory[offset:end] == content
+        around = self.memory[:offset] + self.memory[end:]
+        assert around == bytes([UNTOUCHED]) * len(around), "the reader wrote outside its target"
+
+
+class Gate:
+    """Stands in for os.preadv: each call waits until the test lets it go."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.offsets = []
+        self.entered = threading.Semaphore(0)
+        self.opened = threading.Event()
+        real = os.preadv
+
+        def preadv(descriptor, buffers, offset, *flags):
+            self.offsets.append(offset)
+            self.entered.release()
+            assert self.opened.wait(WAIT_S)
+            return real(descriptor, buffers, offset, *flags)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    def await_call(self) -> None:
+        assert self.entered.acquire(timeout=WAIT_S)
+
+
+@contextmanager
+def running_reader(num_threads=2, chunk_bytes=CHUNK_BYTES):
+    reader = Reader(num_threads, chunk_bytes)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def refuse_direct(monkeypatch) -> None:
+    """A file system without O_DIRECT."""
+    real = os.open
+
+    def without_direct(path, flags, *args, **kwargs):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", without_direct)
+
+
+def read(reader, segments, target, offset=0) -> None:
+    reader.submit(segments, target.address + offset).wait()
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "shard.safetensors"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture(params=["direct", "buffered"])
+def reader(request, monkeypatch):
+    if request.param == "buffered":
+        refuse_direct(monkeypatch)
+    with running_reader() as reader:
+        yield reader
+
+
+@pytest.fixture(scope="module", params=["direct", "buffered"])
+def open_file(request, tmp_path_factory):
+    """A reader that has the file open in the way that is asked for."""
+    path = tmp_path_factory.mktemp("reader") / "shard"
+    path.write_bytes(CONTENT)
+    with running_reader() as reader:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if request.param == "buffered":
+                refuse_direct(monkeypatch)
+            read(reader, [Segment(path, 0, 1, 0)], Target())
+        yield reader, path
+
+
+def near_pages(largest):
+    """Offsets and lengths: any, with page boundaries and their neighbours drawn often."""
+    page = st.integers(0, largest // PAGE_BYTES).map(lambda number: number * PAGE_BYTES)
+    beside = st.tuples(page, st.integers(-2, 2)).map(sum)
+    return st.one_of(page, beside, st.integers(0, largest)).filter(lambda n: 0 <= n <= largest)
+
+
+@given(
+    file_offset=near_pages(len(CONTENT)),
+    nbytes=near_pages(len(CONTENT)),
+    target_offset=near_pages(3 * PAGE_BYTES),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_alignment_brings_the_file_s_bytes(open_file, file_offset, nbytes, target_offset):
+    reader, path = open_file
+    nbytes = min(nbytes, len(CONTENT) - file_offset)
+    target = Target()
+    read(reader, [Segment(path, file_offset, nbytes, 0)], target, target_offset)
+    target.holds(CONTENT[file_offset : file_offset + nbytes], target_offset)
+
+
+def test_segments_of_several_files_land_at_their_record_offsets(reader, tmp_path):
+    pieces = [(5, 3 * CHUNK_BYTES + 7, 20_000), (CHUNK_BYTES, CHUNK_BYTES, 0), (1, 3, 9_000)]
+    segments, target = [], Target()
+    expected = bytearray(target.memory[:])
+    for number, (file_offset, nbytes, record_offset) in enumerate(pieces):
+        content = random.Random(number).randbytes(file_offset + nbytes)
+        path = tmp_path / f"shard-{number}"
+        path.write_bytes(content)
+        segments.append(Segment(path, file_offset, nbytes, record_offset))
+        expected[record_offset : record_offset + nbytes] = content[file_offset:]
+    read(reader, segments, target)
+    assert target.memory[:] == bytes(expected)
+
+
+def test_nothing_to_read_is_done_at_once(reader):
+    ticket = reader.submit([], 0)
+    assert ticket.done
+    ticket.wait()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_file_truncated_while_open_is_an_error_past_its_end(reader, file, aligned):
+    shift = 0 if aligned else 1
+    whole = Segment(file, shift, 3 * CHUNK_BYTES, 0)
+    read(reader, [whole], Target())
+    os.truncate(file, 3 * PAGE_BYTES + 100)
+    with pytest.raises(MoeServerError) as caught:
+        read(reader, [whole], Target())
+    assert caught.value.reason is Reason.UNAVAILABLE
+    assert str(file) in caught.value.message
+    assert f"it ends at byte {3 * PAGE_BYTES + 100}" in caught.value.message
+    # What is left of it can still be read, and all of it again once it is back.
+    target = Target()
+    read(reader, [Segment(file, shift, 3 * PAGE_BYTES, 0)], target)
+    target.holds(CONTENT[shift : shift + 3 * PAGE_BYTES], 0)
+    with file.open("r+b") as stream:
+        stream.write(CONTENT)
+    target = Target()
+    read(reader, [whole], target)
+    target.holds(CONTENT[shift : shift + 3 * CHUNK_BYTES], 0)
+
+
+def test_a_file_deleted_while_open_can_still_be_read(reader, file):
+    read(reader, [Segment(file, 0, 1, 0)], Target())
+    file.unlink()
+    target = Target()
+    read(reader, [Segment(file, 10, 30_000, 0)], target)
+    target.holds(CONTENT[10:30_010], 0)
+
+
+def test_a_missing_file_is_an_error_until_it_is_there(reader, file):
+    hidden = file.rename(file.with_name("hidden"))
+    with pytest.raises(MoeServerError, match="No such file") as caught:
+        read(reader, [Segment(file, 0, 100, 0)], Target())
+    assert caught.value.reason is Reason.UNAVAILABLE
+    assert str(file) in caught.value.message
+    assert caught.value.remedy
+    hidden.rename(file)
+    target = Target()
+    read(reader, [Segment(file, 0, 100, 0)], target)
+    target.holds(CONTENT[:100], 0)
+
+
+def test_an_io_error_ends_the_read_and_not_the_reader(reader, file, monkeypatch):
+    segment = Segment(file, 0, 4 * CHUNK_BYTES, 0)
+    real, failing = os.preadv, [2 * CHUNK_BYTES]
+
+    def preadv(descriptor, buffers, offset, *flags):
+        if offset in failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(MoeServerError, match="Input/output error") as caught:
+        read(reader, [segment], Target())
+    assert caught.value.reason is Reason.UNAVAILABLE
+    failing.clear()
+    target = Target()
+    read(reader, [segment], target)
+    target.holds(CONTENT[: 4 * CHUNK_BYTES], 0)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+@pytest.mark.parametrize("most", [PAGE_BYTES, PAGE_BYTES + 1, 2 * PAGE_BYTES - 512])
+def test_short_reads_go_on_where_they_stopped(reader, file, monkeypatch, shift, most):
+    shorten(monkeypatch, most)
+    target = Target()
+    read(reader, [Segment(file, shift, 9 * PAGE_BYTES, 0)], target)
+    target.holds(CONTENT[shift : shift + 9 * PAGE_BYTES], 0)
+
+
+def test_a_buffered_read_may_stop_within_a_page(file, monkeypatch):
+    refuse_direct(monkeypatch)
+    shorten(monkeypatch, 1000)
+    target = Target()
+    with running_reader() as reader:
+        read(reader, [Segment(file, 7, 3 * PAGE_BYTES, 0)], target)
+    target.holds(CONTENT[7 : 7 + 3 * PAGE_BYTES], 0)
+
+
+def shorten(monkeypatch, most) -> None:
+    """No read brings more than `most` bytes; what lies behind them is rubbish."""
+    real = os.preadv
+
+    def preadv(descriptor, buffers, offset, *flags):
+        [buffer] = buffers
+        count = min(most, real(descriptor, buffers, offset, *flags))
+        bytes_of = memoryview(buffer).cast("B")
+        bytes_of[count:] = bytes(len(bytes_of) - count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+def test_only_the_refusal_of_direct_reads_is_answered_with_buffered_ones(file, monkeypatch):
+    def refuse(path, flags, *_args, **_kwargs):
+        assert flags & os.O_DIRECT, "opened again after an error that says nothing of O_DIRECT"
+        raise OSError(errno.EACCES, "Permission denied")
+
+    with running_reader() as reader:
+        monkeypatch.setattr(os, "open", refuse)
+        with pytest.raises(MoeServerError, match="Permission denied"):
+            read(reader, [Segment(file, 0, 100, 0)], Target())
+
+
+def test_a_read_cancelled_before_it_began_reads_nothing(file, monkeypatch):
+    gate, target = Gate(monkeypatch), Target()
+    with running_reader(num_threads=1) as reader:
+        first = reader.submit([Segment(file, 0, PAGE_BYTES, 0)], target.address)
+        gate.await_call()
+        second = reader.submit([Segment(file, PAGE_BYTES, 3 * CHUNK_BYTES, 0)], Target().address)
+        second.cancel()
+        assert not second.wanted
+        assert not second.done
+        gate.opened.set()
+        first.wait()
+        with pytest.raises(MoeServerError, match="cancelled"):
+            second.wait()
+        assert second.done
+    assert gate.offsets == [0]
+    target.holds(CONTENT[:PAGE_BYTES], 0)
+
+
+def test_a_read_cancelled_on_its_way_ends_with_the_chunk_that_is_being_read(file, monkeypatch):
+    gate, target = Gate(monkeypatch), Target()
+    with running_reader(num_threads=1) as reader:
+        ticket = reader.submit([Segment(file, 0, 4 * CHUNK_BYTES, 0)], target.address)
+        gate.await_call()
+        ticket.cancel()
+        assert not ticket.done, "its target is still being written"
+        gate.opened.set()
+        with pytest.raises(MoeServerError, match="cancelled"):
+            ticket.wait()
+    assert gate.offsets == [0]
+
+
+def test_a_read_cancelled_after_its_end_has_succeeded(reader, file):
+    ticket = reader.submit([Segment(file, 0, 100, 0)], (target := Target()).address)
+    ticket.wait()
+    ticket.cancel()
+    ticket.wait()
+    target.holds(CONTENT[:100], 0)
+
+
+def test_closing_finishes_what_is_queued(file, monkeypatch):
+    gate = Gate(monkeypatch)
+    reader = Reader(2, CHUNK_BYTES)
+    targets = [Target() for _ in range(20)]
+    tickets = [
+        reader.submit([Segment(file, number, 3 * CHUNK_BYTES, 0)], target.address)
+        for number, target in enumerate(targets)
+    ]
+    gate.await_call()
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    gate.opened.set()
+    closing.join(WAIT_S)
+    assert not closing.is_alive()
+    for number, (ticket, target) in enumerate(zip(tickets, targets, strict=True)):
+        assert ticket.done
+        ticket.wait()
+        target.holds(CONTENT[number : number + 3 * CHUNK_BYTES], 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_reads_side_by_side_do_not_meet(open_file, seed):
+    _, path = open_file
+    choose = random.Random(seed)
+    with running_reader(num_threads=4) as reader:
+        reads = []
+        for _ in range(150):
+            offset = choose.randrange(len(CONTENT))
+            nbytes = choose.randrange(len(CONTENT) - offset + 1)
+            shift = choose.choice([0, 0, choose.randrange(PAGE_BYTES)])
+            target = Target()
+            ticket = reader.submit([Segment(path, offset, nbytes, shift)], target.address)
+            cancelled = choose.random() < 0.2
+            if cancelled:
+                ticket.cancel()
+            reads.append((ticket, target, cancelled, shift, CONTENT[offset : offset + nbytes]))
+        for ticket, target, cancelled, shift, expected in reads:
+            try:
+                ticket.wait()
+            except MoeServerError:
+                assert cancelled
+            else:
+                target.holds(expected, shift)
+
+
+def cached_pages(path: Path) -> int:
+    """How many of a file's pages the page cache holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapping:
+        count = -(-len(mapping) // PAGE_BYTES)
+        residency = (ctypes.c_ubyte * count)()
+        address = ctypes.c_char.from_buffer(mapping)
+        failed = libc.mincore(
+            ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(len(mapping)), residency
+        )
+        del address
+        assert not failed, os.strerror(ctypes.get_errno())
+    return sum(page & 1 for page in residency)
+
+
+def test_reads_leave_nothing_in_the_page_cache(reader, file):
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+    if cached_pages(file):
+        pytest.skip("this file system keeps its pages whatever one asks for")
+    read(reader, [Segment(file, 0, 11 * PAGE_BYTES, 0)], Target())
+    assert not cached_pages(file)
+
+
+def test_a_kernel_without_huge_pages_is_served_too(file, monkeypatch):
+    class SmallPages(mmap.mmap):
+        def madvise(self, *_args):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", SmallPages)
+    with running_reader() as reader:
+        ticket = reader.submit([Segment(file, 1, 100, 0)], (target := Target()).address)
+        ticket._finished.wait(WAIT_S)
+        assert ticket.done, "the reader's threads are dead"
+        ticket.wait()
+    target.holds(CONTENT[1:101], 0)

@@ -1,0 +1,341 @@
+"""The arithmetic of memory over random models, and the files of the kernel that bound it."""
+
+import io
+import re
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moe_server import budget
+from moe_server.budget import MemoryPlan, check_room, format_bytes, plan_memory
+from moe_server.checkpoint import Checkpoint, TensorLocation
+from moe_server.config import Config, load_config
+from moe_server.errors import MoeServerError, Reason
+from moe_server.offload.layout import ExpertId
+
+GIB = 2**30
+
+
+def make_checkpoint(
+    *,
+    hidden=64,
+    intermediate=96,
+    layers=2,
+    experts=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    vocab=320,
+    context=512,
+    itemsize=2,
+) -> Checkpoint:
+    """What a checkpoint says of itself; no file is behind it."""
+    dense_bytes = (2 * vocab * hidden + layers * hidden * 3) * itemsize
+    nowhere = TensorLocation(Path("shard"), 0, dense_bytes, "BF16", (dense_bytes // itemsize,))
+    return Checkpoint(
+        path=Path("model"),
+        architecture="MixtralForCausalLM",
+        dtype="bfloat16",
+        itemsize=itemsize,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=experts,
+        num_experts_per_token=min(2, experts),
+        max_context_tokens=context,
+        bos_token_id=None,
+        eos_token_ids=(),
+        dense={"all": nowhere},
+        experts={  # type: ignore[misc]
+            ExpertId(layer, expert): None for layer in range(layers) for expert in range(experts)
+        },
+    )
+
+
+def make_config(**flags) -> Config:
+    return load_config(flags=flags, environ={})
+
+
+def assert_sums(plan: MemoryPlan, config: Config, checkpoint: Checkpoint) -> None:
+    total = len(checkpoint.experts)
+    assert 1 <= plan.num_slots <= total
+    assert 0 <= plan.num_records <= total - plan.num_slots
+    spent = plan.dense_bytes + plan.kv_bytes + plan.workspace_bytes + plan.slots_bytes
+    assert spent <= plan.device_budget_bytes
+    assert plan.records_bytes <= plan.host_budget_bytes == config.host_memory
+    # Nothing that fits is left out.
+    if plan.num_slots < total:
+        assert spent + plan.slot_bytes > plan.device_budget_bytes
+    if plan.num_slots + plan.num_records < total:
+        assert plan.records_bytes + plan.slot_bytes > plan.host_budget_bytes
+    assert plan.slot_bytes >= plan.expert_bytes
+    # The KV cache holds what is promised, and any single request.
+    block_tokens = config.scheduler.block_tokens
+    assert plan.num_blocks * block_tokens >= config.max_total_tokens
+    assert plan.kv_bytes == plan.num_blocks * block_tokens * checkpoint.kv_bytes_per_token
+    assert plan.max_request_tokens <= plan.num_blocks * block_tokens
+    assert plan.max_request_tokens <= checkpoint.max_context_tokens
+
+
+configs = st.fixed_dictionaries(
+    {
+        "max_total_tokens": st.integers(1, 40_000),
+        "scheduler.max_batch_tokens": st.integers(1, 2048),
+        "scheduler.max_running": st.integers(1, 64),
+        "scheduler.block_tokens": st.integers(1, 64),
+        "read_threads": st.integers(1, 8),
+    }
+)
+checkpoints = st.builds(
+    make_checkpoint,
+    hidden=st.integers(1, 300),
+    intermediate=st.integers(1, 300),
+    layers=st.integers(1, 6),
+    experts=st.integers(1, 8),
+    heads=st.sampled_from([4, 8]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    vocab=st.integers(1, 2000),
+    context=st.integers(1, 100_000),
+    itemsize=st.sampled_from([2, 4]),
+)
+
+
+@given(
+    flags=configs,
+    checkpoint=checkpoints,
+    extra=st.integers(0, 3_000_000),
+    host=st.integers(0, 3_000_000),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_plans_keep_their_budgets_and_waste_nothing(flags, checkpoint, extra, host, device):
+    config = make_config(**flags, device=device, device_memory="min", host_memory=8 * GIB)
+    least = plan_memory(config, checkpoint)
+    assert_sums(least, config, checkpoint)
+    assert least.num_slots == 1
+    assert least.device_budget_bytes == least.minimum_device_bytes
+    larger = config.model_copy(
+        update={"device_memory": least.minimum_device_bytes + extra, "host_memory": host}
+    )
+    try:
+        plan = plan_memory(larger, checkpoint)
+    except MoeServerError as error:
+        assert error.field == "host_memory"
+        assert host < (2 if device == "cuda" else 1) * least.slot_bytes
+    else:
+        assert_sums(plan, larger, checkpoint)
+        assert plan.minimum_device_bytes == least.minimum_device_bytes
+
+
+@given(flags=configs, checkpoint=checkpoints)
+@settings(max_examples=60, deadline=None)
+def test_the_minimum_it_names_is_enough_and_one_byte_less_is_not(flags, checkpoint):
+    with pytest.raises(MoeServerError) as caught:
+        plan_memory(make_config(**flags, device_memory=0), checkpoint)
+    assert caught.value.field == "device_memory"
+    named = int(re.search(r"at least (\d+) bytes", caught.value.remedy)[1])
+    plan = plan_memory(make_config(**flags, device_memory=named), checkpoint)
+    assert plan.num_slots == 1
+    with pytest.raises(MoeServerError, match=f"need {named} bytes"):
+        plan_memory(make_config(**flags, device_memory=named - 1), checkpoint)
+    assert plan_memory(make_config(**flags, device_memory="min"), checkpoint) == plan
+
+
+@given(checkpoint=checkpoints, device=st.sampled_from(["cpu", "cuda"]))
+@settings(max_examples=60, deadline=None)
+def test_the_least_host_memory_it_names_is_enough(checkpoint, device):
+    assume(len(checkpoint.experts) > 1)
+    flags = {"device": device, "device_memory": "min"}
+    with pytest.raises(MoeServerError) as caught:
+        plan_memory(make_config(**flags, host_memory=1), checkpoint)
+    assert caught.value.field == "host_memory"
+    named = int(re.search(r"at least (\d+) bytes", caught.value.remedy)[1])
+    plan = plan_memory(make_config(**flags, host_memory=named), checkpoint)
+    # A GPU's reads pass through two records; they come first.
+    assert (plan.num_staging, plan.num_records) == ((2, 0) if device == "cuda" else (0, 1))
+    with pytest.raises(MoeServerError):
+        plan_memory(make_config(**flags, host_memory=named - 1), checkpoint)
+
+
+def test_host_memory_is_optional_on_a_cpu_and_needless_when_all_is_resident():
+    checkpoint = make_checkpoint()
+    assert plan_memory(make_config(device_memory="min"), checkpoint).num_records == 0
+    plan = plan_memory(make_config(device_memory=GIB, host_memory=100), checkpoint)
+    assert (plan.num_slots, plan.num_records) == (16, 0)
+
+
+def test_a_gpu_needs_a_budget():
+    with pytest.raises(MoeServerError, match="needs a budget") as caught:
+        plan_memory(make_config(device="cuda", host_memory=GIB), make_checkpoint())
+    assert caught.value.field == "device_memory"
+
+
+@pytest.mark.parametrize("free", [10**6, GIB, 100 * GIB])
+def test_without_a_budget_it_takes_all_experts_or_most_of_what_is_free(monkeypatch, free):
+    checkpoint = make_checkpoint(hidden=4096, intermediate=14336)
+    config = make_config(host_memory=GIB)
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda: free)
+    plan = plan_memory(config, checkpoint)
+    assert_sums(plan, config, checkpoint)
+    if free == 100 * GIB:
+        assert plan.num_slots == len(checkpoint.experts)
+        assert plan.device_budget_bytes == plan.fixed_bytes + plan.slots_bytes
+    else:
+        assert plan.num_slots == 1  # and `check_room` refuses it
+
+
+def test_check_room_says_by_how_much_to_lower_the_budget(monkeypatch):
+    config = make_config(device_memory=GIB, host_memory=0)
+    plan = plan_memory(config, make_checkpoint())
+    needed = plan.fixed_bytes + plan.slots_bytes + plan.records_bytes + budget.RUNTIME_BYTES
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed)
+    check_room(plan, config)
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed - 4321)
+    with pytest.raises(MoeServerError) as caught:
+        check_room(plan, config)
+    error = caught.value
+    assert error.reason is Reason.EXHAUSTED
+    assert "by 4321 bytes" in error.remedy
+    assert format_bytes(needed) in error.message
+
+
+def test_check_room_counts_what_a_gpu_holds_as_the_gpu_s(monkeypatch):
+    config = make_config(device="cuda", device_memory=GIB, host_memory=10**6)
+    plan = plan_memory(config, make_checkpoint())
+    assert plan.records_bytes > 0
+    needed = plan.records_bytes + budget.RUNTIME_BYTES
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed)
+    check_room(plan, config)
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed - 1)
+    with pytest.raises(MoeServerError):
+        check_room(plan, config)
+
+
+# What the kernel says
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A function that writes files of /proc and /sys, which the budget then reads."""
+
+    def write(files: dict[str, str]) -> None:
+        for name, content in files.items():
+            file = tmp_path / name.lstrip("/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(content)
+
+    def fake_path(name: str | PurePosixPath) -> Path:
+        return Path(f"{tmp_path}{name}")
+
+    def fake_open(name: str, *_args, **_kwargs):
+        return io.StringIO(fake_path(name).read_text())
+
+    monkeypatch.setattr(budget, "Path", fake_path)
+    monkeypatch.setattr(budget, "open", fake_open, raising=False)
+    write({"/proc/meminfo": "MemTotal:       9000 kB\nMemAvailable:    8000 kB\nHugePages:  0\n"})
+    return write
+
+
+def group_v2(limit: str, used: int, inactive: int = 0, active: int = 0) -> dict[str, str]:
+    return {
+        "memory.max": f"{limit}\n",
+        "memory.current": f"{used}\n",
+        "memory.stat": f"anon 5\ninactive_file {inactive}\nactive_file {active}\n",
+    }
+
+
+def at(folder: str, files: dict[str, str]) -> dict[str, str]:
+    return {f"{folder}/{name}": content for name, content in files.items()}
+
+
+def test_without_cgroups_it_is_what_the_machine_has(kernel):
+    assert budget.available_memory_bytes() == 8000 * 1024
+
+
+def test_a_v2_group_leaves_its_limit_less_what_it_uses_but_cache(kernel):
+    kernel({"/proc/self/cgroup": "0::/service\n"})
+    kernel(at("/sys/fs/cgroup/service", group_v2("5000000", 3000000, 1000, 500)))
+    assert budget.available_memory_bytes() == 5000000 - 3000000 + 1500
+
+
+def test_a_v2_group_without_a_limit_leaves_what_the_machine_has(kernel):
+    kernel({"/proc/self/cgroup": "0::/service\n"})
+    kernel(at("/sys/fs/cgroup/service", group_v2("max", 3000000)))
+    assert budget.available_memory_bytes() == 8000 * 1024
+
+
+def test_inside_a_container_the_root_is_our_group(kernel):
+    kernel({"/proc/self/cgroup": "0::/../../pod/container\n"})
+    kernel(at("/sys/fs/cgroup", group_v2("4000000", 1000000)))
+    assert budget.available_memory_bytes() == 3000000
+
+
+def test_a_limit_further_up_counts_too(kernel):
+    """systemd puts limits on slices, Kubernetes on pods."""
+    kernel({"/proc/self/cgroup": "0::/pod.slice/inner.slice/service\n"})
+    root = "/sys/fs/cgroup/pod.slice"
+    kernel(at(root, group_v2("2000000", 500000)))
+    kernel(at(f"{root}/inner.slice", group_v2("max", 500000)))
+    kernel(at(f"{root}/inner.slice/service", group_v2("5000000", 400000)))
+    assert budget.available_memory_bytes() == 1500000
+
+
+def test_a_v1_group(kernel):
+    kernel({"/proc/self/cgroup": "11:cpu,cpuacct:/other\n4:memory:/service\n"})
+    kernel(
+        at(
+            "/sys/fs/cgroup/memory/service",
+            {
+                "memory.limit_in_bytes": "6000000",
+                "memory.usage_in_bytes": "2000000",
+                "memory.stat": "total_inactive_file 300\ntotal_active_file 20\nactive_file 9999\n",
+            },
+        )
+    )
+    assert budget.available_memory_bytes() == 4000320
+
+
+def test_a_v1_group_without_a_limit(kernel):
+    kernel({"/proc/self/cgroup": "4:memory:/\n"})
+    kernel(
+        at(
+            "/sys/fs/cgroup/memory",
+            {
+                "memory.limit_in_bytes": "9223372036854771712",
+                "memory.usage_in_bytes": "2000000",
+                "memory.stat": "total_inactive_file 300\n",
+            },
+        )
+    )
+    assert budget.available_memory_bytes() == 8000 * 1024
+
+
+def test_of_two_hierarchies_the_tighter_one_counts(kernel):
+    kernel({"/proc/self/cgroup": "4:memory:/a\n0::/a\n"})
+    kernel(at("/sys/fs/cgroup/a", group_v2("3000000", 0)))
+    assert budget.available_memory_bytes() == 3000000
+
+
+def test_the_real_files_of_this_machine_can_be_read():
+    assert budget.available_memory_bytes() > 2**20
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1536, "1.50 KiB"),
+        (24 * GIB, "24.00 GiB"),
+        (3 * 1024 * GIB, "3.00 TiB"),
+        (5000 * 1024 * GIB, "5000.00 TiB"),
+    ],
+)
+def test_sizes_for_people(count, text):
+    assert format_bytes(count) == text

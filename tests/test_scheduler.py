@@ -1,0 +1,184 @@
+"""The scheduler against a simulator that spells its promises out, request by request."""
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from moe_server.messages import Submit
+from moe_server.scheduler import Scheduler
+from moe_server.sequence import Sequence
+
+
+def make(request_id, prompt=4, new_tokens=2, deadline=None) -> Sequence:
+    request = Submit(request_id, [1] * prompt, new_tokens, [], deadline=deadline)
+    return Sequence.of(request, now=0.0)
+
+
+@dataclass
+class SimulatedRequest:
+    """What can be said of a request without a scheduler."""
+
+    request_id: int
+    prompt: int
+    new_tokens: int
+    done: int = 0
+    """Tokens run through the model."""
+    generated: int = 0
+    blocks: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.prompt + self.generated - self.done
+
+
+class Simulator:
+    """Blocks are counted, not named; every decision is one comparison."""
+
+    def __init__(self, max_batch_tokens, max_running, num_blocks, block_tokens):
+        self.max_batch_tokens, self.block_tokens = max_batch_tokens, block_tokens
+        self.most = min(max_running, max_batch_tokens)
+        self.free = num_blocks
+        self.waiting, self.running = [], []
+
+    def blocks_of(self, request: SimulatedRequest) -> int:
+        stored, blocks = request.prompt + request.new_tokens - 1, 0
+        while blocks * self.block_tokens < stored:
+            blocks += 1
+        return blocks
+
+    def plan(self) -> list[tuple[int, int]]:
+        """(request, tokens) of the next step: decodes first, then prompts, both first come."""
+        while self.waiting and len(self.running) < self.most:
+            first = self.waiting[0]
+            if self.blocks_of(first) > self.free:
+                break
+            first.blocks = self.blocks_of(first)
+            self.free -= first.blocks
+            self.running.append(self.waiting.pop(0))
+        decodes = [(request.request_id, 1) for request in self.running if request.left == 1]
+        room, prefills = self.max_batch_tokens - len(decodes), []
+        for request in self.running:
+            if request.left > 1 and room:
+                tokens = min(room, request.left)
+                prefills.append((request.request_id, tokens))
+                room -= tokens
+        return decodes + prefills
+
+    def remove(self, request_id: int) -> None:
+        for requests in (self.waiting, self.running):
+            for request in list(requests):
+                if request.request_id == request_id:
+                    self.free += request.blocks
+                    requests.remove(request)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_scheduler_equals_the_simulator(seed):
+    choose = random.Random(seed)
+    block_tokens, num_blocks = choose.choice([1, 3, 16]), choose.randint(4, 30)
+    sizes = {
+        "max_batch_tokens": choose.choice([1, 2, 7, 64]),
+        "max_running": choose.choice([1, 3, 32]),
+        "num_blocks": num_blocks,
+        "block_tokens": block_tokens,
+    }
+    scheduler, simulator = Scheduler(**sizes), Simulator(**sizes)
+    to_come, arrivals, ended = choose.randint(5, 25), {}, []
+    for _ in range(3000):
+        while to_come and choose.random() < 0.4:
+            longest = num_blocks * block_tokens + 1
+            # A whole pool's request now and then: its last token is never stored.
+            tokens = choose.choice([longest, choose.randint(2, longest)])
+            new_tokens = choose.randint(1, tokens - 1)
+            request_id = len(arrivals)
+            arrivals[request_id] = SimulatedRequest(request_id, tokens - new_tokens, new_tokens)
+            scheduler.add(make(request_id, tokens - new_tokens, new_tokens))
+            simulator.waiting.append(arrivals[request_id])
+            to_come -= 1
+        expected = simulator.plan()
+        step = scheduler.schedule()
+        scheduler.check_integrity()
+        assert [(one.sequence.request.request_id, one.num_tokens) for one in step] == expected
+        assert sum(one.num_tokens for one in step) <= sizes["max_batch_tokens"]
+        assert scheduler.blocks.num_free == simulator.free
+        for sequence in scheduler.running:
+            stored = len(sequence.block_table) * block_tokens
+            assert stored >= sequence.max_tokens - 1, "too few blocks"
+            assert stored - block_tokens < sequence.max_tokens - 1, "a block too many"
+        if not expected and not to_come:
+            break
+        completing = [one.sequence for one in step if one.completes_input]
+        scheduler.advance(step)
+        for request_id, tokens in expected:
+            arrivals[request_id].done += tokens
+        assert [one.request.request_id for one in completing] == [
+            request_id for request_id, _ in expected if arrivals[request_id].left == 0
+        ]
+        for sequence in completing:
+            request = arrivals[sequence.request.request_id]
+            sequence.token_ids.append(1)
+            request.generated += 1
+            if request.generated == request.new_tokens:
+                assert scheduler.remove(request.request_id)
+                simulator.remove(request.request_id)
+                ended.append(request.request_id)
+        if choose.random() < 0.1:
+            request_id = choose.choice([*arrivals, 999])
+            here = request_id in arrivals and request_id not in ended
+            assert scheduler.remove(request_id) == here
+            simulator.remove(request_id)
+            ended.extend([request_id] * here)
+        scheduler.check_integrity()
+    else:
+        pytest.fail("requests never end")
+    assert sorted(ended) == sorted(arrivals)
+    assert scheduler.blocks.num_free == num_blocks
+
+
+def test_a_small_request_does_not_overtake_one_that_waits_for_blocks():
+    scheduler = Scheduler(max_batch_tokens=64, max_running=8, num_blocks=4, block_tokens=4)
+    for request_id, prompt in enumerate([8, 12, 1]):
+        scheduler.add(make(request_id, prompt, new_tokens=1))
+    scheduler.schedule()
+    assert [sequence.request.request_id for sequence in scheduler.running] == [0]
+    scheduler.remove(1)
+    scheduler.schedule()
+    assert [sequence.request.request_id for sequence in scheduler.running] == [0, 2]
+
+
+def test_decodes_go_on_while_a_long_prompt_is_prefilled():
+    scheduler = Scheduler(max_batch_tokens=5, max_running=8, num_blocks=100, block_tokens=4)
+    for request_id in (0, 1):
+        scheduler.add(make(request_id, 1, new_tokens=50))
+    scheduler.add(make(2, 31, new_tokens=1))
+    for _ in range(10):
+        step = scheduler.schedule()
+        parts = {one.sequence.request.request_id: one.num_tokens for one in step}
+        assert parts == {0: 1, 1: 1, 2: 3}
+        decoding = [one.sequence for one in step if one.completes_input]
+        scheduler.advance(step)
+        for sequence in decoding:
+            sequence.token_ids.append(1)
+
+
+def test_expired_finds_waiting_and_running_requests_whose_time_has_come():
+    scheduler = Scheduler(max_batch_tokens=64, max_running=2, num_blocks=100, block_tokens=4)
+    for request_id, deadline in enumerate([10.0, None, 20.0, 10.0, None]):
+        scheduler.add(make(request_id, deadline=deadline))
+    scheduler.schedule()
+    assert len(scheduler.running) == 2
+
+    def expired(now: float) -> list[int]:
+        return sorted(sequence.request.request_id for sequence in scheduler.expired(now))
+
+    assert expired(9.99) == []
+    assert expired(10.0) == [0, 3]
+    assert expired(30.0) == [0, 2, 3]
+
+
+def test_a_request_larger_than_the_pool_is_a_programmer_error():
+    scheduler = Scheduler(max_batch_tokens=64, max_running=2, num_blocks=2, block_tokens=4)
+    scheduler.add(make(0, 8, new_tokens=1))
+    with pytest.raises(AssertionError):
+        scheduler.add(make(1, 8, new_tokens=2))
