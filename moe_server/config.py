@@ -125,9 +125,9 @@ class Config(Section):
     """zero3: the dense weights live under DeepSpeed ZeRO-3; resident: plainly on the device."""
     zero3_config: Path | None = None
     """Your own DeepSpeed JSON (stage 3); unset: one that suits inference on this device."""
-    read_threads: int = Field(4, ge=1)
+    read_threads: int = Field(4, ge=1, le=64)
     """Threads that read experts from disk."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads for computing; unset: one for each core this process may use."""
 
     scheduler: SchedulerConfig = SchedulerConfig()
