@@ -24,6 +24,10 @@ MAX_HEADER_BYTES = 100 * 2**20
 DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
 """safetensors name -> (torch name, bytes of one element)."""
 
+IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
+"""Endings of tensors that may be there without being used: frequencies, which are computed, and the
+output layer of a model whose embeddings are tied to it."""
+
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Their frequencies change with the longest sequence of a forward pass once a length is passed: a
 request's tokens would depend on its neighbours. Up to that length they are fixed, so that is the
@@ -158,6 +162,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         module_name: _take(tensors, name, shape, dtype_name, path)
         for name, module_name, shape in _dense_names(config, sizes)
     }
+    _refuse_leftovers(tensors, path)
     return Checkpoint(
         path=path,
         architecture=architecture,
@@ -307,7 +312,7 @@ def _dense_names(
 
 
 def _expert_tensors(
-    tensors: Mapping[str, TensorLocation],
+    tensors: dict[str, TensorLocation],
     layer: int,
     expert: int,
     sizes: Mapping[str, int],
@@ -339,13 +344,13 @@ def _compute_dtype(tensors: Mapping[str, TensorLocation], path: Path) -> tuple[s
 
 
 def _take(
-    tensors: Mapping[str, TensorLocation],
+    tensors: dict[str, TensorLocation],
     name: str,
     shape: tuple[int, ...],
     dtype: str,
     path: Path,
 ) -> TensorLocation:
-    tensor = tensors.get(name)
+    tensor = tensors.pop(name, None)
     if tensor is None:
         raise _missing_tensor(name, path)
     if tensor.shape != shape or tensor.dtype != dtype:
@@ -363,6 +368,18 @@ def _take(
             field="model",
         )
     return tensor
+
+
+def _refuse_leftovers(tensors: Mapping[str, TensorLocation], path: Path) -> None:
+    """A model that is only a part of the checkpoint would answer, and answer nonsense."""
+    unused = [name for name in tensors if not name.endswith(IGNORED_TENSORS)]
+    if unused:
+        raise MoeServerError(
+            f"{path}: {len(unused)} tensors are not part of the model that config.json describes, "
+            f"for example {unused[0]}.",
+            "config.json and the shards must come from the same checkpoint.",
+            field="model",
+        )
 
 
 def _missing_tensor(name: str, path: Path) -> MoeServerError:

@@ -260,7 +260,11 @@ def _shard_size(_context: click.Context, _parameter: click.Parameter, text: str)
     help="Size of one safetensors file.",
 )
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
-@click.option("--force", is_flag=True, help="Replace OUT whatever is in it.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT whatever is in it; without this only what synth wrote there before.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line.")
 def synth_command(out: Path, dtype: str, *, force: bool, as_json: bool, **dimensions: int) -> None:
     """Write a Mixtral-shaped checkpoint with random weights to the directory OUT.

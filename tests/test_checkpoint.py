@@ -562,3 +562,16 @@ def test_header_entries_of_any_values_never_surprise(written, fuzzed, changes):
     header[name] = {**header[name], **changes}
     text = json.dumps(header).encode()
     fuzzed(SINGLE_FILE, len(text).to_bytes(8, "little") + text + data)
+
+
+def test_a_config_that_describes_a_part_of_the_checkpoint_is_refused(tmp_path):
+    path = Tiny(layers=3).write(tmp_path)
+    edit_config(path, num_hidden_layers=2)
+    with pytest.raises(MoeServerError, match=r"tensors are not part of the model .*layers\.2\."):
+        read_checkpoint(path)
+
+
+def test_tensors_that_are_not_needed_may_be_there(tmp_path):
+    path = Tiny().write(tmp_path)
+    edit_config(path, tie_word_embeddings=True)
+    assert "lm_head.weight" not in read_checkpoint(path).dense
