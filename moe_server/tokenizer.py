@@ -9,7 +9,9 @@ requests; the generation and tokenizer services call it.
 
 import codecs
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,7 +22,8 @@ SPACE_PIECE = "\u2581"
 """What SentencePiece writes for a space."""
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A piece that stands for one byte of text that has no piece of its own."""
-TextEncoder: TypeAlias = Callable[[str], list[int]]
+TextEncoder: TypeAlias = Callable[[str, int], list[int]]
+"""(text, max_tokens) to ids; refuses a longer result, or returns it."""
 PieceDecoder: TypeAlias = Callable[[str], bytes]
 
 
@@ -51,18 +54,21 @@ class Tokenizer:
     """A checkpoint's tokenizer. Immutable; may be shared between threads.
 
     Args:
-        encode_text: Text to ids, with BOS where the model expects it.
+        encode_text: Text to ids, with BOS where the model expects it. Works off the GIL, so that
+            a thread that encodes megabytes stalls no other.
         token_bytes: What each id stands for in a text; b"" for special tokens.
         adds_leading_space: Whether encoding puts a space before the text; `decode` takes it off.
     """
 
-    __slots__ = ("_adds_leading_space", "_encode_text", "_token_bytes")
+    __slots__ = ("_adds_leading_space", "_encode_text", "_token_bytes", "longest_token_bytes")
 
     def __init__(
         self, encode_text: TextEncoder, token_bytes: Sequence[bytes], *, adds_leading_space: bool
     ) -> None:
         self._encode_text = encode_text
         self._token_bytes = token_bytes
+        self.longest_token_bytes = max(map(len, token_bytes), default=1)
+        """The most bytes of a text that one token can stand for."""
         self._adds_leading_space = adds_leading_space
 
     @property
@@ -70,15 +76,19 @@ class Tokenizer:
         """The number of ids, added tokens included; a model's embedding may be padded beyond it."""
         return len(self._token_bytes)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, max_tokens: int = sys.maxsize) -> list[int]:
         """Turns untrusted text into ids.
 
         BOS goes first exactly when the model expects it; no other special token appears, whatever
         the text spells out.
 
+        Args:
+            text: Of any size.
+            max_tokens: More need not be returned; the result can still be longer.
+
         Raises:
-            MoeServerError: The text is not valid Unicode, or this tokenizer could only read part of
-                it as a special token.
+            MoeServerError: The text is not valid Unicode, has too many tokens, or this tokenizer
+                could only read part of it as a special token.
         """
         try:
             text.encode()
@@ -88,7 +98,7 @@ class Tokenizer:
                 "Send UTF-8 text.",
                 field="text",
             ) from None
-        return self._encode_text(text)
+        return self._encode_text(text, max_tokens)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A whole text, without special tokens and the space that encoding put before it."""
@@ -156,7 +166,7 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
 
     add_bos = processor.bos_id() >= 0
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str, _max_tokens: int) -> list[int]:
         # Control pieces are never found in text: "<s>" becomes the pieces of its characters.
         token_ids: list[int] = processor.encode(text, add_bos=add_bos)
         return token_ids
@@ -168,6 +178,9 @@ def _load_sentencepiece(file: Path) -> Tokenizer:
 
 def _load_json(file: Path) -> Tokenizer:
     import tokenizers  # noqa: PLC0415 - one of the two is enough
+
+    # It would share a batch among threads, and ours are batches of one.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -187,8 +200,17 @@ def _load_json(file: Path) -> Tokenizer:
     special = {token_id for token_id, token in added.items() if token.special}
     unknown = _unknown_id(tokenizer, description["model"])
 
-    def encode(text: str) -> list[int]:
-        encoding = tokenizer.encode(text)
+    def encode(text: str, max_tokens: int) -> list[int]:
+        # `encode` holds the GIL (of a second for 1 MB, 0.96 s); the batch calls release it, and
+        # the fast one leaves out offsets, which nobody reads.
+        [encoding] = tokenizer.encode_batch_fast([text])
+        if len(encoding) > max_tokens:
+            # Before its ids become Python objects, for that needs the GIL again.
+            raise MoeServerError(
+                f"The prompt has {len(encoding)} tokens; at least 1 and at most {max_tokens} fit "
+                "this server.",
+                field="prompt",
+            )
         # A Unigram model finds special tokens in text even when told not to: they are in its
         # vocabulary, with the best score.
         for token_id, from_template in zip(encoding.ids, encoding.special_tokens_mask, strict=True):

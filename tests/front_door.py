@@ -41,7 +41,7 @@ def letters_tokenizer() -> Tokenizer:
     token_bytes = [bytes([97 + i]) for i in range(26)] + [b" ", b"\xc3", b"\xa9"]
     token_bytes += [f"<{i}>".encode() for i in range(29, 99)] + [b""]
     return Tokenizer(
-        lambda text: [ord(char) - 97 for char in text], token_bytes, adds_leading_space=False
+        lambda text, _: [ord(char) - 97 for char in text], token_bytes, adds_leading_space=False
     )
 
 

@@ -1,10 +1,13 @@
 """The tokenizer: real Mixtral v1 pieces, and small trained ones of the other two kinds."""
 
+import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,45 @@ def test_unigram_refuses_text_it_would_read_as_a_special_token(tmp_path: Path) -
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(MoeServerError, match="character 1"):
         tokenizer.encode("a\ud800")
+
+
+async def largest_gap_s(work: Callable[[], object]) -> tuple[float, float]:
+    """How long the loop was held up while a thread did `work`, and how long that took."""
+    times = [time.monotonic()]
+
+    async def heartbeat() -> None:
+        while True:
+            await asyncio.sleep(0.005)
+            times.append(time.monotonic())
+
+    beating = asyncio.create_task(heartbeat())
+    await asyncio.sleep(0.02)
+    started = time.monotonic()
+    try:
+        await asyncio.to_thread(work)
+    finally:
+        took_s = time.monotonic() - started
+        await asyncio.sleep(0.01)
+        beating.cancel()
+    gaps = [after - before for before, after in pairwise(times)]
+    return max(gaps), took_s
+
+
+async def test_a_large_text_does_not_hold_up_others(mixtral: Tokenizer, tmp_path: Path) -> None:
+    library = byte_level()
+    library.add_tokens([AddedToken("x" * 300, special=False)])
+    text = "hello world " * 100_000
+    # Sentencepiece gives its result in one go, tokenizers refuses before that.
+    gap_s, took_s = await largest_gap_s(lambda: mixtral.encode(text))
+    assert gap_s < took_s / 3
+    tokenizer = saved(library, tmp_path)
+
+    def refused() -> None:
+        with pytest.raises(MoeServerError, match=r"has \d{6,} tokens; .* at most 16383 fit"):
+            tokenizer.encode(text, 16383)
+
+    gap_s, took_s = await largest_gap_s(refused)
+    assert gap_s < took_s / 3
 
 
 def test_a_directory_without_tokenizer(tmp_path: Path) -> None:

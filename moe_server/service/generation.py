@@ -10,6 +10,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
@@ -31,6 +32,9 @@ PROBE_METADATA_KEY = "x-moe-server-probe"
 
 MAX_INLINE_TEXT_CHARS = 2000
 """Longer prompts are tokenised on a thread; shorter ones cost less than the hand-over."""
+
+MAX_TOKENISING = 2
+"""Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
 
 MAX_DEADLINE_MARGIN_S = 0.05
 """We end a request this much before its deadline (or a tenth of the time, if that is less), so that
@@ -54,6 +58,8 @@ class GenerationService:
         self._probe_secret = probe_secret
         # Request ids count from 1 in every process; logs of several processes meet in one place.
         self._id_prefix = secrets.token_hex(4)
+        # Not a semaphore: the thread of a request that was cancelled works on, and still counts.
+        self._tokenising = ThreadPoolExecutor(MAX_TOKENISING, thread_name_prefix="tokenise")
 
     async def GenerateStream(  # noqa: N802  # named by the protocol
         self, request: pb.GenerateStreamRequest, context: Context
@@ -87,7 +93,9 @@ class GenerationService:
     async def _run(
         self, request: validation.AnyGenerateRequest, context: Context, write: Write
     ) -> None:
-        completion = _Completion(self._supervisor, self._model, write, self._id_prefix)
+        completion = _Completion(
+            self._supervisor, self._model, self._tokenising, write, self._id_prefix
+        )
         remaining_s: float | None = context.time_remaining()
         own_limit_s = deadline = None
         if remaining_s is not None:
@@ -117,10 +125,16 @@ class _Completion:
     """One request on its way; `stage` says how far it has come, for people."""
 
     def __init__(
-        self, supervisor: Supervisor, model: ServedModel, write: Write, id_prefix: str
+        self,
+        supervisor: Supervisor,
+        model: ServedModel,
+        tokenising: ThreadPoolExecutor,
+        write: Write,
+        id_prefix: str,
     ) -> None:
         self._supervisor = supervisor
         self._model = model
+        self._tokenising = tokenising
         self._write = write
         self._id_prefix = id_prefix
         self.stage = "its prompt was tokenised"
@@ -169,9 +183,11 @@ class _Completion:
         if isinstance(prompt, list):
             return prompt
         assert self._model.tokenizer is not None, "check_prompt refuses text without a tokenizer"
+        encode, room = self._model.tokenizer.encode, self._model.max_request_tokens - 1
         if len(prompt) <= MAX_INLINE_TEXT_CHARS:
-            return self._model.tokenizer.encode(prompt)
-        return await asyncio.to_thread(self._model.tokenizer.encode, prompt)
+            return encode(prompt, room)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenising, encode, prompt, room)
 
 
 def _delta(released: Released) -> pb.Delta:

@@ -15,6 +15,7 @@ from moe_server.messages import Sampling, Submit
 from moe_server.proto.moe_server.v1 import generation_pb2
 from moe_server.service.errors import NotFoundError, shorten
 from moe_server.service.served_model import ServedModel
+from moe_server.tokenizer import Tokenizer
 
 AnyGenerateRequest: TypeAlias = (
     generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
@@ -25,6 +26,8 @@ MAX_STOP_SEQUENCE_CHARS = 256
 MAX_TOP_LOGPROBS = 20
 GREEDY_BELOW_TEMPERATURE = 1e-5
 """Dividing logits by less overflows float32; the limit of what it would mean is greedy."""
+MAX_UTF8_BYTES = 4
+"""Of one character."""
 MAX_REPETITION_PENALTY = 1e6
 """Its inverse is the smallest: beyond, penalised logits overflow float32."""
 
@@ -83,6 +86,7 @@ def check_prompt(request: AnyGenerateRequest, model: ServedModel) -> str | list[
                 )
             if not request.text:
                 raise MoeServerError("The prompt text is empty.", field="text")
+            _refuse_oversize(request.text, model.tokenizer, model.max_request_tokens - 1)
             return request.text
         case "token_ids":
             token_ids = list(request.token_ids.ids)
@@ -96,6 +100,23 @@ def check_prompt(request: AnyGenerateRequest, model: ServedModel) -> str | list[
             return token_ids
         case _:
             raise MoeServerError("There is no prompt.", "Set text or token_ids.", field="prompt")
+
+
+def _refuse_oversize(text: str, tokenizer: Tokenizer, max_tokens: int) -> None:
+    """Tokenising megabytes takes seconds; their size alone says when that would be in vain.
+
+    A normalizer that drops characters might have made the text fit: megabytes of blanks, which are
+    not worth the work.
+    """
+    max_bytes = max_tokens * tokenizer.longest_token_bytes
+    if len(text) <= max_bytes // MAX_UTF8_BYTES or (num_bytes := len(text.encode())) <= max_bytes:
+        return
+    raise MoeServerError(
+        f"The prompt text has {num_bytes} bytes; the at most {max_tokens} tokens that fit this "
+        f"server beside a completion stand for no more than {max_bytes} bytes.",
+        "Send a shorter text.",
+        field="prompt",
+    )
 
 
 def build_submit(

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 
 import grpc
 import pytest
@@ -11,7 +12,9 @@ import pytest_asyncio
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
+from moe_server.service.generation import MAX_TOKENISING
 from moe_server.state import ServerState
+from moe_server.tokenizer import Tokenizer
 from tests.front_door import (
     E_ACUTE,
     EOS,
@@ -268,3 +271,47 @@ async def test_a_lost_engine_fails_streams_as_retryable_and_comes_back():
         await door.reach(ServerState.READY)
         assert door.server.supervisor.num_restarts == 1
         assert (await collect(door.generation.GenerateStream(make([1]))))[2][0] == 2
+
+
+async def test_few_long_prompts_are_tokenised_at_a_time():
+    go, lock = threading.Event(), threading.Lock()
+    working = most = 0
+
+    def encode(_text: str, _max_tokens: int) -> list[int]:
+        nonlocal working, most
+        with lock:
+            working += 1
+            most = max(most, working)
+        go.wait()
+        with lock:
+            working -= 1
+        return [1]
+
+    tokenizer = Tokenizer(encode, [b"x" * 1000] * 100, adds_leading_space=False)
+    async with front_door(model=make_model(tokenizer=tokenizer)) as door:
+        call = door.generation.GenerateStream
+        given_up = [call(make("a" * 3000, max_new_tokens=2)) for _ in range(MAX_TOKENISING)]
+        await eventually(lambda: working == MAX_TOKENISING)
+        for early in given_up:
+            early.cancel()
+        calls = [call(make("a" * 3000, max_new_tokens=2)) for _ in range(4)]
+        await eventually(lambda: door.server.supervisor.num_open_requests == len(calls))
+        go.set()
+        assert [(await collect(call))[2] for call in calls] == [[2, 3]] * len(calls)
+    assert most == MAX_TOKENISING
+
+
+async def test_a_prompt_that_cannot_fit_is_refused_by_its_size_unread():
+    def encode(_text: str, _max_tokens: int) -> list[int]:
+        raise AssertionError("it was read")
+
+    tokenizer = Tokenizer(encode, [b"a", b"long", b""], adds_leading_space=False)
+    async with front_door(model=make_model(tokenizer=tokenizer)) as door:
+        for text in ("a" * 3_000_000, "\u00e9" + "a" * 251):
+            failed = await failure(door.generation.GenerateStream(make(text)))
+            assert failed.code == grpc.StatusCode.INVALID_ARGUMENT
+            assert failed.details[0].field_violations[0].field == "prompt"
+            assert f"{len(text.encode())} bytes" in failed.message
+            assert "63 tokens" in failed.message
+        failed = await failure(door.generation.GenerateStream(make("a" * 252)))
+        assert failed.code == grpc.StatusCode.INTERNAL
