@@ -16,6 +16,7 @@ import grpc
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
 from google.rpc.status_pb2 import Status
 
+from moe_server.address import check_address
 from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import (
     admin_pb2,
@@ -46,12 +47,22 @@ class Client:
     """A connection to one server; made lazily, re-made when lost.
 
     Args:
-        target: HOST:PORT, or unix:PATH.
+        target: HOST:PORT, [IPV6]:PORT or unix:PATH.
         timeout_s: For every call but generation.
+
+    Raises:
+        MoeServerError: The target is none of these.
     """
 
     def __init__(self, target: str = "127.0.0.1:50051", timeout_s: float = 10.0) -> None:
-        self.target = target
+        try:
+            self.target = check_address(target, min_port=1)
+        except ValueError as error:
+            raise MoeServerError(
+                f"target {target!r} is not usable: {error}.",
+                "Give the address that `moe-server serve` listens at.",
+                field="target",
+            ) from None
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(
             target, options=[("grpc.max_receive_message_length", MAX_RECEIVE_BYTES)]

@@ -1,24 +1,39 @@
-"""Configuration: frozen, composed, resolved once. Imports nothing of ours but the error it raises.
+"""Configuration: frozen, composed, resolved once. Of ours it imports the error and the address.
 
 Sources, strongest first: command-line flags, environment (`MOE_SERVER_DEVICE_MEMORY`, nested keys
-with a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`), the file given by `--config` (TOML,
-YAML or JSON), defaults. An unknown key is an error that names the nearest known one.
+with a double underscore: `MOE_SERVER_WARMUP__MAX_TTFT_MS`; empty means unset), the file given by
+`--config` (TOML, YAML or JSON), defaults. An unknown key is an error that names a near known one.
 """
 
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
+from moe_server.address import check_address
 from moe_server.errors import MoeServerError, Reason
 
 ENV_PREFIX = "MOE_SERVER_"
+SERVICE_LINK = re.compile(r"PORT(_.*)?|SERVICE_HOST|SERVICE_PORT(_.*)?")
+"""What Kubernetes sets in every pod for a Service called moe-server, after the prefix."""
+MAX_SIZE_BYTES = 2**60
+NEAR = 0.7
+"""Similarity (difflib) from which a known key is suggested for an unknown one."""
+ALL_KEYS = "Run `moe-server check-config --help` for keys and units."
 UNITS = {
     "": 1,
     "B": 1,
@@ -29,21 +44,32 @@ UNITS = {
 
 def parse_bytes(value: object) -> object:
     """Turns "24GiB", "1.5 GB" or a number of bytes into an int; "min" is left as it is."""
-    if not isinstance(value, str) or value == "min":
+    if not isinstance(value, str):
         return value
+    if value.strip().lower() == "min":
+        return "min"
     text = value.strip().upper().replace("_", "")
     number = text.rstrip("KMGTIB ")
     unit = text[len(number) :].strip()
     try:
         return int(float(number) * UNITS[unit])
     except (KeyError, ValueError, OverflowError):
-        raise ValueError(f"{value!r} is not a size; write for example 24GiB or 512MB") from None
+        raise ValueError(
+            "expected a number and one of B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB "
+            "(of 1024), for example 24GiB"
+        ) from None
 
 
-ByteSize: TypeAlias = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
-DeviceMemory: TypeAlias = Annotated[
-    Annotated[int, Field(ge=0)] | Literal["min"], BeforeValidator(parse_bytes)
-]
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ValueError('expected a directory, or "demo" for the embedded model')
+    return text
+
+
+Size: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SIZE_BYTES)]
+ByteSize: TypeAlias = Annotated[Size, BeforeValidator(parse_bytes)]
+DeviceMemory: TypeAlias = Annotated[Size | Literal["min"], BeforeValidator(parse_bytes)]
+Address: TypeAlias = Annotated[str, AfterValidator(check_address)]
 
 
 class Section(BaseModel):
@@ -99,13 +125,13 @@ class WarmupConfig(Section):
 class Config(Section):
     """The whole configuration; both processes get it."""
 
-    model: str = "demo"
+    model: Annotated[str, AfterValidator(_not_empty)] = "demo"
     """A Hugging Face checkpoint directory, or "demo" for the embedded model."""
     model_name: str = ""
     """The name clients use; empty: the directory's name."""
-    listen: str = "127.0.0.1:50051"
-    """HOST:PORT for clients; port 0 takes a free one."""
-    admin_listen: str = ""
+    listen: Address = "127.0.0.1:50051"
+    """HOST:PORT, [IPV6]:PORT or unix:PATH for clients; port 0 takes a free one."""
+    admin_listen: Address | Literal[""] = ""
     """HOST:PORT of a second listener, where AdminService takes changes from anyone who reaches it.
     On `listen`, changes are taken from loopback peers only."""
 
@@ -117,7 +143,7 @@ class Config(Section):
     host_memory: ByteSize = 0
     """Bytes for expert records in (on CUDA: pinned) host memory; 0: experts that are not on the
     device are read from disk."""
-    max_total_tokens: int = Field(16384, ge=1)
+    max_total_tokens: int = Field(16384, ge=2)
     """Tokens the KV cache holds, over all running requests; also bounds one request."""
     expert_format: Literal["checkpoint"] = "checkpoint"
     """How expert weights are stored; "checkpoint" keeps the checkpoint's own dtype."""
@@ -167,21 +193,47 @@ def load_config(
         _merge(merged, _read_file(file))
     environ = os.environ if environ is None else environ
     for name, text in environ.items():
-        if name.startswith(ENV_PREFIX):
-            _merge(merged, _nested(name.removeprefix(ENV_PREFIX).lower().replace("__", "."), text))
+        key = name.removeprefix(ENV_PREFIX)
+        if key != name and text and not SERVICE_LINK.fullmatch(key):
+            _merge(merged, _nested(key.lower().replace("__", "."), text))
     for key, value in (flags or {}).items():
         _merge(merged, _nested(key, value))
     _refuse_unknown(merged)
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         key = _dotted(first["loc"])
+        is_section = first["type"] in ("model_type", "dict_type")
+        problem = "expected a table of keys" if is_section else first["msg"]
         raise MoeServerError(
-            f"{key} = {first['input']!r} is not usable: {first['msg']}.",
-            "Run `moe-server check-config --help` for keys and units.",
+            f"{key} = {first['input']!r} is not usable: {problem.removeprefix('Value error, ')}.",
+            ALL_KEYS,
             field=key,
         ) from None
+    if config.zero3_config is not None:
+        _check_json(config.zero3_config)
+    return config
+
+
+def _check_json(zero3_config: Path) -> None:
+    """The engine reads it, much later; what DeepSpeed makes of its keys is known only there."""
+    try:
+        settings = json.loads(zero3_config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
+        raise MoeServerError(
+            f"zero3_config = {str(zero3_config)!r} is not usable: {problem}.",
+            "Give a DeepSpeed configuration in JSON, or none.",
+            field="zero3_config",
+        ) from None
+    if not isinstance(settings, dict):
+        raise MoeServerError(
+            f"zero3_config = {str(zero3_config)!r} holds a {type(settings).__name__}, expected an "
+            "object.",
+            "Give a DeepSpeed configuration in JSON, or none.",
+            field="zero3_config",
+        )
 
 
 def known_keys() -> frozenset[str]:
@@ -220,6 +272,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, yaml.YAMLError) as error:
         raise MoeServerError(f"{path} does not parse: {error}.") from None
+    if content is None:  # an empty YAML file, or one of comments
+        content = {}
     if not isinstance(content, dict):
         raise MoeServerError(f"{path} holds a {type(content).__name__}, expected a table of keys.")
     return _with_text_keys(content)
@@ -251,9 +305,8 @@ def _refuse_unknown(merged: Mapping[str, Any], prefix: str = "") -> None:
     for name, value in merged.items():
         key = prefix + name
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise MoeServerError(
-                f"Unknown configuration key {key!r}.", f"Did you mean {near[0]!r}?", field=key
-            )
+            near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR)
+            remedy = f"Did you mean {near[0]!r}?" if near else ALL_KEYS
+            raise MoeServerError(f"Unknown configuration key {key!r}.", remedy, field=key)
         if isinstance(value, dict):
             _refuse_unknown(value, f"{key}.")

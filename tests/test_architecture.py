@@ -120,10 +120,11 @@ def test_offload_imports_offload_and_errors_only(file):
     assert all(name.startswith(allowed) for name in ours(imports_of(file)))
 
 
-def test_config_imports_errors_only_and_errors_nothing():
-    [config, errors, messages] = modules("config", "errors", "messages")
-    assert all(name.startswith("moe_server.errors.") for name in ours(imports_of(config)))
-    assert ours(imports_of(errors)) == set()
+def test_config_imports_errors_and_addresses_only_and_they_nothing():
+    [config, errors, address, messages] = modules("config", "errors", "address", "messages")
+    allowed = ("moe_server.errors.", "moe_server.address.")
+    assert all(name.startswith(allowed) for name in ours(imports_of(config)))
+    assert ours(imports_of(errors)) == ours(imports_of(address)) == set()
     assert all(name.startswith("moe_server.errors.") for name in ours(imports_of(messages)))
 
 

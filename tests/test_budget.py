@@ -85,7 +85,7 @@ def assert_sums(plan: MemoryPlan, config: Config, checkpoint: Checkpoint) -> Non
 
 configs = st.fixed_dictionaries(
     {
-        "max_total_tokens": st.integers(1, 40_000),
+        "max_total_tokens": st.integers(2, 40_000),
         "scheduler.max_batch_tokens": st.integers(1, 2048),
         "scheduler.max_running": st.integers(1, 64),
         "scheduler.block_tokens": st.integers(1, 64),

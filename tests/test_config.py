@@ -62,7 +62,15 @@ def test_an_unknown_key_names_the_nearest(key, nearest):
         ("device_memory", "24 parsecs"),
         ("device_memory", "-1"),
         ("host_memory", "min"),
-        ("max_total_tokens", "0"),
+        ("device_memory", "1e19"),
+        ("host_memory", "2000000TiB"),
+        ("max_total_tokens", "1"),
+        ("model", ""),
+        ("listen", "127.0.0.1:99999"),
+        ("listen", ""),
+        ("admin_listen", "nonsense"),
+        ("zero3_config", "/nope.json"),
+        ("warmup", "5"),
         ("warmup.max_ttft_ms", "-5"),
         ("service.shutdown_grace_s", "soon"),
     ],
@@ -72,6 +80,64 @@ def test_a_bad_value_names_its_key(key, value):
         load_config(flags={key: value}, environ={})
     assert caught.value.field == key
     assert key in caught.value.message
+    assert "Value error" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("host_memory", "5G", "GB, TB (powers of 1000), KiB, MiB, GiB"),
+        ("scheduler", "5", "scheduler = '5' is not usable: expected a table of keys."),
+        ("model", "", 'a directory, or "demo"'),
+        ("admin_listen", "localhost:abc", "the port is 'abc'"),
+    ],
+)
+def test_what_messages_say(key, value, says):
+    with pytest.raises(MoeServerError) as caught:
+        load_config(flags={key: value}, environ={})
+    assert says in caught.value.message
+
+
+def test_a_deepspeed_file_must_hold_a_json_object(tmp_path):
+    file = tmp_path / "zero.json"
+    for text, says in (("{", "no JSON"), ("[]", "list"), ("\xff", "no JSON")):
+        file.write_text(text, encoding="latin-1")
+        with pytest.raises(MoeServerError, match=says) as caught:
+            load_config(flags={"zero3_config": str(file)}, environ={})
+        assert caught.value.field == "zero3_config"
+    file.write_text("{}")
+    assert load_config(flags={"zero3_config": str(file)}, environ={}).zero3_config == file
+
+
+def test_the_environment_of_a_kubernetes_pod():
+    links = {
+        "MOE_SERVER_PORT": "tcp://10.0.0.1:50051",
+        "MOE_SERVER_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "MOE_SERVER_SERVICE_HOST": "10.0.0.1",
+        "MOE_SERVER_SERVICE_PORT": "50051",
+        "MOE_SERVER_SERVICE_PORT_GRPC": "50051",
+    }
+    assert load_config(environ=links) == Config()
+    for name in ("MOE_SERVER_SERVICE_NAME", "MOE_SERVER_PORTS", "MOE_SERVER_LISTENS"):
+        with pytest.raises(MoeServerError, match="Unknown configuration key"):
+            load_config(environ={name: "1"})
+
+
+def test_an_empty_variable_is_an_unset_one():
+    assert load_config(environ={"MOE_SERVER_DEVICE_MEMORY": "", "MOE_SERVER_X": ""}) == Config()
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
+def test_an_empty_yaml_file_sets_nothing(tmp_path, text):
+    file = tmp_path / "server.yaml"
+    file.write_text(text)
+    assert load_config(file, environ={}) == Config()
+
+
+def test_a_key_like_none_of_ours_names_the_list_of_all():
+    with pytest.raises(MoeServerError, match="check-config --help") as caught:
+        load_config(flags={"quantisation": "4"}, environ={})
+    assert "Did you mean" not in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -83,6 +149,7 @@ def test_a_bad_value_names_its_key(key, value):
         ("1_000", 1000),
         ("7", 7),
         ("min", "min"),
+        (" MIN", "min"),
         (5, 5),
     ],
 )

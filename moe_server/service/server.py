@@ -164,5 +164,5 @@ class Server:
 def dialable(address: str) -> str:
     """The address with which this machine reaches a listener bound to all interfaces."""
     host, _, port = address.rpartition(":")
-    wildcards = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104
+    wildcards = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104
     return f"{wildcards[host]}:{port}" if host in wildcards else address
