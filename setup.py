@@ -62,5 +62,5 @@ setup(
             "types-PyYAML>=6.0",
         ],
     },
-    entry_points={"console_scripts": ["moe-server=moe_server.cli:main"]},
+    entry_points={"console_scripts": ["moe-server=moe_server.__main__:main"]},
 )

@@ -4,10 +4,11 @@ Each subcommand is a module of its own, imported when it is called, so that ligh
 and none but the engine process imports torch.
 """
 
+import errno
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import structlog
@@ -19,8 +20,11 @@ EXIT_ERROR = 2
 EXIT_UNREACHABLE = 3
 EXIT_NOT_READY = 4
 EXIT_LIMIT_MISSED = 5
+EXIT_RETRY = 6
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 COMMANDS = {
     "serve": "moe_server.commands.serve:serve",
@@ -64,14 +68,14 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
-            # The reader has gone (`| head`). Python would complain again when it closes stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader has gone (`| head`).
+            _discard_stdout()
             ctx.exit(EXIT_BROKEN_PIPE)
         return result
 
 
 def _exit_code(error: MoeServerError) -> int:
-    from moe_server.client import UnreachableError  # noqa: PLC0415  # imports grpc
+    from moe_server.client import RetryableError, UnreachableError  # noqa: PLC0415  # imports grpc
     from moe_server.commands.warmup import (  # noqa: PLC0415
         LimitMissedError,
         NotReadyError,
@@ -81,6 +85,7 @@ def _exit_code(error: MoeServerError) -> int:
         (UnreachableError, EXIT_UNREACHABLE),
         (NotReadyError, EXIT_NOT_READY),
         (LimitMissedError, EXIT_LIMIT_MISSED),
+        (RetryableError, EXIT_RETRY),
     )
     return next((code for kind, code in codes if isinstance(error, kind)), EXIT_ERROR)
 
@@ -89,7 +94,9 @@ def _exit_code(error: MoeServerError) -> int:
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 success; 2 wrong usage, configuration or request; 3 no server at the "
-    "target; 4 not ready in time; 5 a limit was missed; 130 interrupted.",
+    "target; 4 not ready in time; 5 a limit was missed; 6 the server refused for now (not ready, "
+    "full, or past the deadline), a retry can succeed; 130 interrupted; 141 the reader of stdout "
+    "has gone.",
 )
 @click.version_option(__version__, prog_name="moe-server")
 def cli() -> None:
@@ -116,7 +123,27 @@ def configure_log() -> None:
 
 
 def main() -> None:
-    """The entry point."""
+    """Runs the command; called by the entry point, `__main__`."""
+    # Not for `serve` only: the next file or socket that is opened would take the number 1.
+    if sys.stdout is None:
+        _fail("stdout is closed", "Redirect it to /dev/null.")
     # Failing to bind, say, is reported by us with a remedy; gRPC's own lines would precede it.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    cli(prog_name="moe-server")
+    try:
+        cli(prog_name="moe-server")
+    except OSError as error:
+        if error.filename is not None or error.errno not in CANNOT_WRITE:
+            raise
+        _discard_stdout()
+        _fail(f"cannot write output: {error.strerror}", "Redirect stdout elsewhere.")
+
+
+def _fail(message: str, remedy: str) -> NoReturn:
+    click.echo(f"error: {message}.", err=True)
+    click.echo(f"remedy: {remedy}", err=True)
+    sys.exit(EXIT_ERROR)
+
+
+def _discard_stdout() -> None:
+    """Python would complain again about what is still buffered when it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,10 +37,15 @@ REASONS = {
     "UNAVAILABLE": Reason.UNAVAILABLE,
     "DEADLINE_EXCEEDED": Reason.EXPIRED,
 }
+RETRYABLE = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
 class UnreachableError(MoeServerError):
     """Nobody answers at the target, or not a moe-server."""
+
+
+class RetryableError(MoeServerError):
+    """The server cannot do it now: it is not ready, is full, or the deadline passed."""
 
 
 class Client:
@@ -168,6 +173,7 @@ def _readable(error: grpc.RpcError, target: str) -> MoeServerError:
                 "Check --target, and that `moe-server serve` runs there.",
                 reason=Reason.UNAVAILABLE,
             )
+        # A request above max_message_bytes is refused by gRPC itself, and always will be.
         return MoeServerError(f"{code}: {message}", reason=REASONS.get(code, Reason.INVALID))
     remedies: list[str] = []
     field = ""
@@ -180,7 +186,8 @@ def _readable(error: grpc.RpcError, target: str) -> MoeServerError:
             field = ", ".join(name for name in fields if name)
     if field:
         remedies.append(f"Field: {field}.")
-    return MoeServerError(
+    kind = RetryableError if code in RETRYABLE else MoeServerError
+    return kind(
         f"{code}: {message}",
         " ".join(remedies),
         reason=REASONS.get(code, Reason.INVALID),

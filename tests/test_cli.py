@@ -111,6 +111,11 @@ async def test_generate_json(door):
         (["generate", "--token-ids", "1,x"], "1,x"),
         (["generate", "a", "--temperature", "-1"], "temperature is -1"),
         (["generate", "\udcff"], "UTF-8"),
+        (["generate", "a", "--timeout", "-1"], "--timeout"),
+        (["generate", "a", "--timeout", "nan"], "not a finite number"),
+        (["drain", "--wait", "inf"], "--wait"),
+        (["warmup", "--max-ttft-ms", "nan"], "not a finite number"),
+        (["warmup", "--report", "/no/such/folder/report.json"], "/no/such/folder/report.json"),
     ],
 )
 async def test_bad_requests_exit_with_2_and_say_why(door, args, message):
@@ -118,6 +123,14 @@ async def test_bad_requests_exit_with_2_and_say_why(door, args, message):
     assert result.exit_code == cli.EXIT_ERROR
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["status"], ["warmup"]])
+async def test_a_target_that_is_no_address_exits_with_2(command):
+    for target in ("127.0.0.1:99999", "localhost:0", "nonsense", "::1:5"):
+        result = await asyncio.to_thread(invoke, *command, "--target", target)
+        assert result.exit_code == cli.EXIT_ERROR
+        assert repr(target) in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -141,7 +154,7 @@ async def test_status_drain_undrain(door):
     drained = await against(door, "drain", "--wait", "1", "--json")
     assert json.loads(drained.stdout) == {"remaining_requests": 0}
     refused = await against(door, "generate", "a")
-    assert refused.exit_code == cli.EXIT_ERROR
+    assert refused.exit_code == cli.EXIT_RETRY
     assert "draining" in refused.stderr
     assert "Retry after 2 s." in refused.stderr
     assert (await against(door, "undrain")).exit_code == 0
@@ -159,6 +172,19 @@ async def test_warmup_proves_and_reports(door, tmp_path):
     assert findings["passed"]
     assert findings["state"] == "ready"
     assert [probe["completion_tokens"] for probe in findings["probes"]] == [4, 4, 4]
+
+
+async def test_an_unwritable_report_is_refused_before_probing(tmp_path):
+    report = tmp_path / "absent" / "report.json"
+    result = await asyncio.to_thread(invoke, "warmup", "--target", NOBODY, "--report", str(report))
+    assert result.exit_code == cli.EXIT_ERROR
+    report = tmp_path / "report.json"
+    report.write_text("earlier")
+    args = ("--timeout", "0", "--report", str(report))
+    result = await asyncio.to_thread(invoke, "warmup", "--target", NOBODY, *args)
+    assert result.exit_code == cli.EXIT_UNREACHABLE
+    assert json.loads(report.read_text())["state"] == "unreachable"
+    assert list(tmp_path.iterdir()) == [report]
 
 
 async def test_warmup_exits_with_5_when_a_limit_is_missed(door, tmp_path):
@@ -312,7 +338,7 @@ async def test_a_second_interrupt_ends_serve_at_once():
     process.send_signal(signal.SIGINT)
     assert await asyncio.wait_for(process.wait(), WAIT_S) == cli.EXIT_INTERRUPTED
     _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
-    assert client.returncode in (cli.EXIT_ERROR, cli.EXIT_UNREACHABLE)
+    assert client.returncode in (cli.EXIT_RETRY, cli.EXIT_UNREACHABLE)
     assert b"Traceback" not in errors
 
 
@@ -343,3 +369,31 @@ async def test_a_reader_that_leaves_is_no_traceback(door):
     _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
     assert client.returncode == cli.EXIT_BROKEN_PIPE
     assert errors == b""
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("command", ["--version", "--help", "plan", "check-config --json"])
+async def test_a_stdout_that_cannot_be_written_is_one_error(command, redirection):
+    shell = await asyncio.create_subprocess_shell(
+        f"{sys.executable} -m moe_server {command} {redirection}", stderr=asyncio.subprocess.PIPE
+    )
+    _, errors = await asyncio.wait_for(shell.communicate(), WAIT_S)
+    assert shell.returncode == cli.EXIT_ERROR
+    assert [line.split(":")[0] for line in errors.decode().splitlines()] == ["error", "remedy"]
+    assert b"stdout" in errors
+
+
+async def test_an_interrupt_during_the_imports_is_no_traceback(tmp_path):
+    (tmp_path / "structlog.py").write_text("raise KeyboardInterrupt\n")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "moe_server", "status", stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    _, errors = await asyncio.wait_for(process.communicate(), WAIT_S)
+    assert (process.returncode, errors) == (cli.EXIT_INTERRUPTED, b"")
+
+
+async def test_exit_codes_are_documented():
+    text = " ".join(invoke("--help").output.split())
+    codes = {value for name, value in vars(cli).items() if name.startswith("EXIT_")}
+    assert all(f" {code} " in text for code in codes)

@@ -10,6 +10,7 @@ import click
 from google.protobuf.duration_pb2 import Duration
 
 from moe_server.client import Client
+from moe_server.commands.finite import POSITIVE_SECONDS
 from moe_server.commands.format import format_bytes, format_seconds, print_table
 from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
@@ -69,7 +70,7 @@ class Completion:
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Absent: the server draws one.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-sequence token.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="The request's deadline.")
+@click.option("--timeout", type=POSITIVE_SECONDS, metavar="SECONDS", help="The request's deadline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a stream.")
 def generate(  # click passes keywords
     text: str | None,

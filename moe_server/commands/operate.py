@@ -6,6 +6,7 @@ import click
 from google.protobuf.json_format import MessageToDict
 
 from moe_server.client import Client
+from moe_server.commands.finite import SECONDS
 from moe_server.commands.format import format_bytes, format_seconds, print_table
 from moe_server.commands.startup import state_name
 from moe_server.proto.moe_server.v1 import admin_pb2 as pb
@@ -33,7 +34,7 @@ def status(target: str, *, as_json: bool) -> None:
 @TARGET
 @click.option(
     "--wait",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=0.0,
     metavar="SECONDS",
     help="Wait this long for accepted requests to finish.",
@@ -80,9 +81,9 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
         ("  KV cache", format_bytes(memory.kv_bytes)),
         ("  workspace", format_bytes(memory.workspace_bytes)),
         ("  expert slots", format_bytes(memory.expert_slots_bytes)),
-        ("  experts in them", f"{memory.expert_slots} of {memory.experts}"),
+        ("  room for", f"{memory.expert_slots} of {memory.experts} experts"),
         ("host records", format_bytes(memory.host_records_bytes)),
-        ("  experts in them", f"{memory.host_records} of {memory.experts}"),
+        ("  room for", f"{memory.host_records} of {memory.experts} experts"),
         ("experts found on device", hit_rate),
         ("  in host memory", str(experts.host_hits)),
         ("  on disk", str(experts.disk_reads)),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import grpc
 import structlog
 
 from moe_server.client import Client, UnreachableError
+from moe_server.commands.finite import POSITIVE, SECONDS
 from moe_server.commands.startup import NotReadyError, state_name, wait_ready
 from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
@@ -33,10 +35,10 @@ class LimitMissedError(MoeServerError):
     "--report warmup.json"
 )
 @click.option("--target", required=True, metavar="HOST:PORT")
-@click.option("--max-ttft-ms", type=click.FloatRange(min=0, min_open=True), metavar="N")
+@click.option("--max-ttft-ms", type=POSITIVE, metavar="N")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=600.0,
     show_default=True,
     metavar="SECONDS",
@@ -62,6 +64,7 @@ def warmup(
         "max_ttft_ms": max_ttft_ms,
         "probes": [],
     }
+    partial = _reserve(report) if report is not None else None
     try:
         _prove(target, max_ttft_ms, timeout, findings)
         findings["passed"] = True
@@ -70,8 +73,8 @@ def warmup(
         raise
     finally:
         text = json.dumps(findings, indent=2)
-        if report is not None:
-            _write(report, text)
+        if report is not None and partial is not None:
+            _write(partial, report, text)
         if as_json:
             click.echo(text)
 
@@ -122,10 +125,35 @@ async def _probe(target: str, shape: ProbeShape, timeout_s: float) -> Probe:
             ) from None
 
 
-def _write(report: Path, text: str) -> None:
+def _reserve(report: Path) -> Path:
+    """A file beside the report to write it into: a path that cannot be is refused before probing.
+
+    A device or pipe is its own.
+    """
+    if report.exists() and not report.is_file():
+        return report
+    partial = report.with_name(f".{report.name}.{os.getpid()}")
     try:
-        report.write_text(f"{text}\n", encoding="utf-8")
+        partial.touch()
     except OSError as error:
-        raise MoeServerError(
-            f"Cannot write the report {report}: {error.strerror}.", field="report"
-        ) from None
+        raise _unwritable(report, error) from None
+    return partial
+
+
+def _write(partial: Path, report: Path, text: str) -> None:
+    try:
+        partial.write_text(f"{text}\n", encoding="utf-8")
+        if partial != report:
+            partial.replace(report)
+    except OSError as error:
+        if partial != report:
+            partial.unlink(missing_ok=True)
+        raise _unwritable(report, error) from None
+
+
+def _unwritable(report: Path, error: OSError) -> MoeServerError:
+    return MoeServerError(
+        f"Cannot write the report {report}: {error.strerror}.",
+        "Give --report a path that can be written.",
+        field="report",
+    )
