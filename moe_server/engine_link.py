@@ -1,16 +1,18 @@
 """One life of the engine process, and the socket to it.
 
-Spawns the process, speaks messages.py over a private ipc socket, and leaves neither a process nor a
-file behind. Knows no states, restarts or requests: that is its only user, the supervisor.
+Spawns the process and speaks messages.py over a private ipc socket. Leaves neither a process nor a
+file behind, and once the two have met not even when it is killed. Knows no states, restarts or
+requests: that is its only user, the supervisor.
 """
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import msgspec
 import structlog
@@ -21,6 +23,10 @@ from moe_server.messages import FromEngine, Shutdown, ToEngine
 
 log = structlog.get_logger(__name__)
 
+PREFIX, SOCKET = "moe-server-", "engine"
+NUM_RANDOM_CHARS = 8
+"""What TemporaryDirectory appends."""
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
@@ -28,8 +34,14 @@ _decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngi
 class EngineLink:
     """A running engine process. Made by `open_link`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket) -> None:
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        socket: zmq.asyncio.Socket,
+        folder: TemporaryDirectory[str],
+    ) -> None:
         self._process = process
+        self._folder = folder
         self._socket = socket
         self._is_connected = False
         self._last_heard = time.monotonic()
@@ -46,6 +58,10 @@ class EngineLink:
     async def send_config(self, config_json: bytes) -> None:
         """The first frame; waits until the engine has connected."""
         await self._socket.send(config_json)
+        # A connection outlives the name it was made by. Without the name this process can be killed
+        # and leave nothing. (A name in Linux's abstract namespace would leave nothing either, but
+        # every local user can read it in /proc/net/unix and connect before the engine does.)
+        self._folder.cleanup()
         self._is_connected = True
 
     def send(self, message: ToEngine) -> None:
@@ -69,13 +85,13 @@ class EngineLink:
         self._last_heard = time.monotonic()
         return _decoder.decode(frame)
 
-    async def wait_exit(self) -> str:
-        """Waits for the process to end and says how it did."""
+    async def wait_exit(self) -> tuple[str, str]:
+        """Waits for the process to end; says how it did, and where to read more if it said more."""
         code = await self._process.wait()
         if code >= 0:
-            return f"exit code {code}"
+            return f"exit code {code}", "See the log above."
         hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return f"signal {signal.Signals(-code).name}{hint}"
+        return f"signal {signal.Signals(-code).name}{hint}", ""
 
     def kill(self) -> None:
         """Ends it at once; also works on a stopped process."""
@@ -110,19 +126,28 @@ async def open_link(
     """
     context = zmq.asyncio.Context()
     # The directory is created with mode 0700: no other user can speak to the engine.
-    with TemporaryDirectory(prefix="moe-server-") as folder:
+    folder = TemporaryDirectory(prefix=PREFIX, dir=_short_folder())
+    with folder as path:
         try:
             socket = context.socket(zmq.PAIR)
             socket.setsockopt(zmq.SNDHWM, max_unread_messages)
-            address = f"ipc://{Path(folder) / 'engine'}"
+            address = f"ipc://{Path(path) / SOCKET}"
             socket.bind(address)
             process = await asyncio.create_subprocess_exec(
                 *command, address, stdin=asyncio.subprocess.DEVNULL
             )
-            link = EngineLink(process, socket)
+            link = EngineLink(process, socket, folder)
             try:
                 yield link
             finally:
                 await link.shut_down(shutdown_s)
         finally:
             context.destroy(linger=0)
+
+
+def _short_folder() -> str:
+    """The user's TMPDIR, unless a socket's path in it would be longer than the kernel takes."""
+    folder = gettempdir()
+    below = f"/{PREFIX}{'_' * NUM_RANDOM_CHARS}/{SOCKET}"
+    fits = len(os.fsencode(folder)) + len(below) <= zmq.IPC_PATH_MAX_LEN
+    return folder if fits else "/tmp"  # noqa: S108  # a private directory is made in it

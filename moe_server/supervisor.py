@@ -90,6 +90,11 @@ class Supervisor:
         return self.feed.current
 
     @property
+    def phase(self) -> ServerState:
+        """The engine's state, also while the server is DRAINING."""
+        return self._phase
+
+    @property
     def num_open_requests(self) -> int:
         return len(self._requests)
 
@@ -243,6 +248,9 @@ class Supervisor:
                 return loss
             finally:
                 self._link = None
+                if not self._loaded.is_set():
+                    # It has no requests, and reads no Shutdown before it has loaded.
+                    link.kill()
                 # Before the engine's orderly end, which can take seconds: nobody waits for it.
                 self._phase = ServerState.STARTING
                 self._publish()
@@ -297,11 +305,11 @@ class Supervisor:
         self._enter(ServerState.LOADING)
 
     async def _await_exit(self, link: EngineLink, reader: asyncio.Task[Loss]) -> Loss:
-        how = await link.wait_exit()
+        how, remedy = await link.wait_exit()
         await asyncio.wait({reader}, timeout=LAST_WORDS_S)
         if reader.done():
             return reader.result()
-        return Loss(f"The engine process ended with {how}.", "See the log above.", retry=True)
+        return Loss(f"The engine process ended with {how}.", remedy, retry=True)
 
     async def _await_silence(self, link: EngineLink) -> Loss:
         was_overdue = False

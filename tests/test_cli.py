@@ -148,6 +148,7 @@ async def test_status_drain_undrain(door):
     result = await against(door, "status")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[0].split() == ["state", "ready"]
+    assert "  room for" in result.stdout
     status = json.loads((await against(door, "status", "--json")).stdout)
     assert status["state"] == "SERVER_STATE_READY"
     assert int(status["memory"]["device_budget_bytes"]) > 0
@@ -340,6 +341,14 @@ async def test_a_second_interrupt_ends_serve_at_once():
     _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
     assert client.returncode in (cli.EXIT_RETRY, cli.EXIT_UNREACHABLE)
     assert b"Traceback" not in errors
+
+
+async def test_a_killed_serve_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process, _ = await serve("--vocab", "4096")
+    process.kill()
+    await asyncio.wait_for(process.wait(), WAIT_S)
+    assert not list(tmp_path.iterdir())
 
 
 async def test_interrupting_generate_cancels_without_a_traceback():

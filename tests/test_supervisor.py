@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
@@ -84,7 +85,8 @@ async def test_nothing_is_left_behind():
     async with supervised() as supervisor:
         await reach(supervisor, ServerState.READY)
         pid = supervisor.engine_pid
-        assert folders() - before
+        # Not even while it runs: it may be killed.
+        assert not folders() - before
     assert not psutil.pid_exists(pid)
     assert not folders() - before
 
@@ -92,10 +94,11 @@ async def test_nothing_is_left_behind():
 async def test_stopping_while_loading_and_before_the_engine_connects(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    patience = replace(PATIENCE, shutdown_s=0.1)
-    async with supervised("--gate", str(gate), patience=patience) as supervisor:
-        await reach(supervisor, ServerState.LOADING)
-        pid = supervisor.engine_pid
+    # An engine that loads reads no Shutdown: waiting for it would be in vain.
+    patience = replace(PATIENCE, shutdown_s=1000.0)
+    async with asyncio.timeout(WAIT_S), supervised("--gate", str(gate), patience=patience) as it:
+        await reach(it, ServerState.LOADING)
+        pid = it.engine_pid
     assert not psutil.pid_exists(pid)
     async with supervised() as supervisor:
         await eventually(lambda: supervisor.engine_pid is not None)
@@ -124,6 +127,26 @@ async def test_a_crashed_or_hung_engine_is_replaced(how):
         assert supervisor.engine_pid != pid
         assert not psutil.pid_exists(pid)
         assert await tokens(supervisor, [1], 2) == [2, 3]
+
+
+async def test_a_temporary_folder_with_a_long_name(tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+    assert not list(folder.iterdir())
+
+
+async def test_a_killed_engine_is_said_to_have_been_killed():
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        with capture_logs() as logs:
+            os.kill(supervisor.engine_pid, signal.SIGKILL)
+            await eventually(lambda: any(entry["event"] == "engine lost" for entry in logs))
+    [lost] = [entry for entry in logs if entry["event"] == "engine lost"]
+    assert lost["message"] == "The engine process ended with signal SIGKILL (out of memory?)."
+    assert lost["remedy"] == ""
 
 
 async def test_a_crash_in_the_middle_of_a_request(tmp_path):

@@ -20,6 +20,7 @@ from moe_server.warmup.probe import Probe, WarmUp
 log = structlog.get_logger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"]
+MAX_WAIT_S = 86_400
 LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 
 STATES = {
@@ -94,8 +95,10 @@ class AdminService:
         """Refuses new requests; waits for the accepted ones as long as the caller says."""
         self._refuse_strangers(context)
         wait_s = request.wait.ToNanoseconds() / 1e9
-        if wait_s < 0:
-            raise MoeServerError(f"wait is {wait_s:g} s; expected 0 or more.", field="wait")
+        if not 0 <= wait_s <= MAX_WAIT_S:
+            raise MoeServerError(
+                f"wait is {wait_s:g} s; expected 0 to {MAX_WAIT_S} (a day).", field="wait"
+            )
         log.info("drain", peer=context.peer(), wait_s=wait_s)
         return pb.DrainResponse(remaining_requests=await self._supervisor.drain(wait_s))
 
@@ -118,7 +121,7 @@ class AdminService:
 
     def _startup(self) -> pb.Startup:
         progress = self._supervisor.progress
-        is_proving = self._supervisor.state in (ServerState.WARMING, ServerState.READY)
+        is_proving = self._supervisor.phase in (ServerState.WARMING, ServerState.READY)
         return pb.Startup(
             stage=self._warm_up.stage if is_proving else progress.stage,
             stage_index=progress.stage_index,

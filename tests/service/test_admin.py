@@ -48,6 +48,7 @@ async def test_drain_waits_for_accepted_requests_and_refuses_new_ones():
         assert at_once.remaining_requests == 1
         status = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
         assert status.state == admin_pb2.SERVER_STATE_DRAINING
+        assert status.startup.stage == "proven in round 1"
         refused = await failure(door.generation.GenerateStream(make([1])))
         assert refused.code == grpc.StatusCode.UNAVAILABLE
         assert refused.details[0].retry_delay.seconds > 0
@@ -72,9 +73,10 @@ async def test_a_wait_that_ends_first_says_what_remains():
         assert response.remaining_requests == 1
         running.cancel()
         await eventually(lambda: door.server.supervisor.num_open_requests == 0)
-        failed = await failure(door.admin.Drain(drain(-1)))
-        assert failed.code == grpc.StatusCode.INVALID_ARGUMENT
-        assert failed.details[0].field_violations[0].field == "wait"
+        for wait_s in (-1, 86_401, 315_576_000_000):
+            failed = await failure(door.admin.Drain(drain(wait_s)))
+            assert failed.code == grpc.StatusCode.INVALID_ARGUMENT
+            assert failed.details[0].field_violations[0].field == "wait"
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
