@@ -14,6 +14,7 @@ import structlog
 from click.testing import CliRunner
 
 from moe_server import cli
+from moe_server.commands import doctor
 from moe_server.state import ServerState
 from tests.front_door import FAKE_ENGINE, WAIT_S, eventually, front_door, make_model
 
@@ -254,6 +255,20 @@ async def test_doctor_reports_and_survives_what_is_missing(monkeypatch):
     assert "not installed" in result.stdout
     assert "pip install torch" in result.stdout
     assert "cannot be told" in result.stdout
+
+
+async def test_doctor_tells_the_limit_of_the_cgroup_it_runs_in(monkeypatch):
+    def memory_rows() -> dict[str, dict]:
+        findings = json.loads(invoke("doctor", "--json").stdout)
+        return {finding["check"]: finding for finding in findings}
+
+    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 300 * 2**20)
+    limit = memory_rows()["cgroup memory limit"]
+    assert limit["found"].startswith("leaves 300.0 MiB")
+    assert not limit["is_ok"]
+    assert "container" in limit["remedy"]
+    monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 2**60)
+    assert memory_rows()["cgroup memory limit"]["found"] == "none below what is available"
 
 
 def _nothing_installed(name: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from moe_server.budget import available_memory_bytes
 from moe_server.commands.format import format_bytes
 
 PACKAGES = ("torch", "transformers", "deepspeed", "safetensors", "grpcio", "pyzmq", "tokenizers")
@@ -23,6 +24,7 @@ OPTIONAL_PACKAGES = ("triton", "sentencepiece")
 MIN_TORCH = (2, 11)
 LOW_MEMORY_BYTES = 2 * 2**30
 LOW_DISK_BYTES = 5 * 2**30
+FREE_MEMORY_JITTER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def check_cpu() -> list[Finding]:
 
 
 def check_memory() -> list[Finding]:
-    """What the kernel would give."""
+    """What this process would get: of the machine, and of the memory cgroups around it."""
     meminfo = {
         name: int(rest.split()[0]) * 1024
         for name, _, rest in (
@@ -129,37 +131,32 @@ def check_memory() -> list[Finding]:
             for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         )
     }
-    available, total = meminfo["MemAvailable"], meminfo["MemTotal"]
-    is_ok = available >= LOW_MEMORY_BYTES
+    free, total = meminfo["MemAvailable"], meminfo["MemTotal"]
+    # As `serve` counts. It asks again how much is free, hence a tolerance.
+    available = available_memory_bytes()
+    is_limited = available < free - FREE_MEMORY_JITTER_BYTES
     return [
-        Finding(
+        _memory_finding(
             "memory",
-            is_ok,
-            f"{format_bytes(available)} available of {format_bytes(total)}",
-            "" if is_ok else "Free memory, or give small --device-memory and --host-memory.",
+            free,
+            f"{format_bytes(free)} available of {format_bytes(total)}",
+            "Free memory, or give small --device-memory and --host-memory.",
+        ),
+        _memory_finding(
+            "cgroup memory limit",
+            available,
+            f"leaves {format_bytes(available)}; it counts both processes and the page cache they "
+            "dirty",
+            "Raise the container's limit, or give small --device-memory and --host-memory.",
         )
+        if is_limited
+        else Finding("cgroup memory limit", is_ok=True, found="none below what is available"),
     ]
 
 
-def check_cgroup() -> list[Finding]:
-    """The limit of the container, version 2 or 1."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        file = Path(path)
-        if not file.exists():
-            continue
-        text = file.read_text(encoding="utf-8").strip()
-        # Version 1 writes "no limit" as a number close to 2**63.
-        if text == "max" or int(text) > 2**60:
-            return [Finding("cgroup memory limit", is_ok=True, found="none")]
-        return [
-            Finding(
-                "cgroup memory limit",
-                is_ok=True,
-                found=f"{format_bytes(int(text))}; it counts both processes and the page cache "
-                "they dirty",
-            )
-        ]
-    return [Finding("cgroup memory limit", is_ok=True, found="no cgroup found")]
+def _memory_finding(check: str, available: int, found: str, remedy: str) -> Finding:
+    is_ok = available >= LOW_MEMORY_BYTES
+    return Finding(check, is_ok, found, "" if is_ok else remedy)
 
 
 def check_memlock() -> list[Finding]:
@@ -230,7 +227,6 @@ CHECKS = (
     check_packages,
     check_cpu,
     check_memory,
-    check_cgroup,
     check_memlock,
     check_disk,
     check_gpu,
