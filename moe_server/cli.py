@@ -58,6 +58,12 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the subcommand; nothing a user can cause ends in a traceback."""
         try:
+            return self._invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_INTERRUPTED)
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        try:
             result = super().invoke(ctx)
             sys.stdout.flush()
         except MoeServerError as error:
@@ -65,8 +71,6 @@ class Commands(click.Group):
             if error.remedy:
                 click.echo(f"remedy: {error.remedy}", err=True)
             ctx.exit(_exit_code(error))
-        except KeyboardInterrupt:
-            ctx.exit(EXIT_INTERRUPTED)
         except BrokenPipeError:
             # The reader has gone (`| head`).
             _discard_stdout()

@@ -44,11 +44,12 @@ def serve(config: Config) -> None:
 
 async def _run(config: Config, model: ServedModel, patience: Patience) -> bool:
     """Serves until a signal; returns whether a second one came."""
-    server = Server(config, model, patience)
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
+    # After the handlers: a cancellation by Ctrl-C would leave gRPC's listeners half made.
+    server = Server(config, model, patience)
     await server.open()
     received = signal.Signals(await signals.get())
     log.info("shutting down", signal=received.name, grace_s=config.service.shutdown_grace_s)
