@@ -62,11 +62,10 @@ def combine(
         (T, H) in the dtype of `outputs_PH`.
     """
     num_tokens, num_choices = expert_ids_TK.shape
-    products_TKH = (outputs_PH * weights_TK.reshape(-1, 1)).to(outputs_PH.dtype)
-    products_TKH = products_TKH.view(num_tokens, num_choices, -1)
     by_expert_TK = expert_ids_TK.argsort(dim=-1)
-    token_rows = torch.arange(num_tokens, device=expert_ids_TK.device)
-    total_TH = products_TKH[token_rows, by_expert_TK[:, 0]]
-    for choice in range(1, num_choices):
-        total_TH += products_TKH[token_rows, by_expert_TK[:, choice]]
+    first_pick_T = torch.arange(num_tokens, device=expert_ids_TK.device) * num_choices
+    total_TH = outputs_PH.new_zeros(num_tokens, outputs_PH.shape[1])
+    for choices_T in by_expert_TK.unbind(dim=1):
+        weights_T1 = weights_TK.gather(1, choices_T[:, None])
+        total_TH += (outputs_PH[first_pick_T + choices_T] * weights_T1).to(outputs_PH.dtype)
     return total_TH

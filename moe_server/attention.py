@@ -79,14 +79,15 @@ def paged_attention(
     for span in ragged_batch.spans:
         keys, values = kv.gather(layer, span.block_table, span.num_context)
         keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        for first in range(0, span.num_new, QUERY_TILE_TOKENS):
-            rows = slice(
-                span.start + first, span.start + min(first + QUERY_TILE_TOKENS, span.num_new)
-            )
-            first_position = span.num_context - span.num_new + first
-            output[rows] = _attend(
-                query[:, :, rows], keys, values, first_position, scaling, sliding_window
-            )
+        first_new = span.num_context - span.num_new
+        # Tiles begin at fixed positions of the request, not of the step: how a position is rounded
+        # does not depend on the chunk it came in.
+        tile = first_new
+        while tile < span.num_context:
+            next_tile = min((tile // QUERY_TILE_TOKENS + 1) * QUERY_TILE_TOKENS, span.num_context)
+            rows = slice(span.start + tile - first_new, span.start + next_tile - first_new)
+            output[rows] = _attend(query[:, :, rows], keys, values, tile, scaling, sliding_window)
+            tile = next_tile
     return output[None], None
 
 

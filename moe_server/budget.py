@@ -22,8 +22,8 @@ RUNTIME_BYTES = 290 * 2**20
 READ_CHUNK_BYTES = 8 * 2**20
 """One disk read. Each reading thread owns one buffer of this size."""
 
-QUERY_TILE_TOKENS = 128
-"""Query rows attention takes at once; bounds its mask."""
+QUERY_TILE_TOKENS = 16
+"""Positions of a prompt that attention takes at once; tiles begin at multiples of it."""
 
 CUDA_STAGING_RECORDS = 2
 """On CUDA an expert passes through pinned host memory on its way from disk."""
@@ -248,16 +248,18 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     query = checkpoint.num_heads * checkpoint.head_dim
     key_value = checkpoint.num_kv_heads * checkpoint.head_dim
     residual = tokens * hidden * (3 * item + 2 * 4)  # RMSNorm computes in float32
-    projections = 3 * tokens * (query + 2 * key_value) * item  # rotation makes copies
+    projections = 4 * tokens * (query + 2 * key_value) * item  # rotation makes copies
     gathered = 2 * max_request * key_value * item
     group_rows = checkpoint.num_heads // checkpoint.num_kv_heads * QUERY_TILE_TOKENS
-    mask = min(tokens, group_rows) * max_request * (1 + 4)  # boolean, and as SDPA widens it
+    mask = group_rows * max_request * (1 + 4)  # boolean, and as SDPA widens it
     attention = projections + gathered + mask
     picks = tokens * checkpoint.num_experts_per_token
-    experts = picks * hidden * (item + 4) + tokens * (
-        2 * hidden * item + 4 * checkpoint.intermediate_size * item
-    )
-    logits = rows * checkpoint.vocab_size * 4 * 6  # float32, log-probabilities, sorted copies
+    # Outputs of all picks; one choice at a time is widened, weighted and added.
+    combining = picks * hidden * item + tokens * hidden * (2 * item + 8)
+    one_expert = tokens * (2 * hidden * item + 4 * checkpoint.intermediate_size * item)
+    experts = combining + one_expert
+    # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
+    logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)
     reading = config.read_threads * (READ_CHUNK_BYTES + 2 * 4096) if config.device == "cpu" else 0
     return residual + max(attention, experts, logits) + reading
 

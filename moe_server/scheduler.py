@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moe_server.budget import QUERY_TILE_TOKENS
 from moe_server.kv_cache import BlockPool
 from moe_server.sequence import Sequence
 
@@ -40,8 +41,12 @@ class Scheduler:
     def __init__(
         self, *, max_batch_tokens: int, max_running: int, num_blocks: int, block_tokens: int
     ) -> None:
-        # Each running request must get its one token in every step.
-        self._max_running = min(max_running, max_batch_tokens)
+        # Neighbours decide how much of a step is left for a prompt. Were they to decide where
+        # attention's tiles begin, they would decide how it is rounded: a prompt is cut between tiles
+        # only. (A step below two tiles has no choice.)
+        self._tile = QUERY_TILE_TOKENS if max_batch_tokens >= 2 * QUERY_TILE_TOKENS else 1
+        # Each running request gets its one token in every step, and one prompt at least a tile.
+        self._max_running = max(1, min(max_running, max_batch_tokens - self._tile))
         self._max_batch_tokens = max_batch_tokens
         self._block_tokens = block_tokens
         self.blocks = BlockPool(num_blocks)
@@ -65,9 +70,9 @@ class Scheduler:
                 budget -= 1
         # Prefilling
         for sequence in self.running:
-            if sequence.num_uncomputed > 1 and budget > 0:
-                step.append(Scheduled(sequence, min(sequence.num_uncomputed, budget)))
-                budget -= step[-1].num_tokens
+            if sequence.num_uncomputed > 1 and (chunk := self._chunk(sequence, budget)) > 0:
+                step.append(Scheduled(sequence, chunk))
+                budget -= chunk
         return step
 
     def advance(self, step: Iterable[Scheduled]) -> None:
@@ -114,6 +119,13 @@ class Scheduler:
             sequence.block_table = self.blocks.take(needed)
             self.running.append(sequence)
 
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """How much of a prompt comes next: all that is left, or up to the last tile that fits."""
+        if sequence.num_uncomputed <= budget:
+            return sequence.num_uncomputed
+        return budget - (sequence.num_computed + budget) % self._tile
+
     def _blocks_for(self, sequence: Sequence) -> int:
         # The last token of the longest form is sampled but never run through the model.
         return max(1, -(-(sequence.max_tokens - 1) // self._block_tokens))
+

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_server.messages import Sampling
 from tests.driver import greedy, run, running_engine, token_ids
@@ -61,8 +62,8 @@ def test_fp32_tokens_and_logprobs_equal_transformers(name: str, tmp_path: Path) 
     prompts = prompts_of(tiny)
     expected = transformers_answers(path, prompts, NEW_TOKENS)
     for place, budgets in PLACES.items():
-        # 16 tokens a step: prompts are prefilled in chunks, beside others that decode.
-        with running_engine(path, **budgets, **{"scheduler.max_batch_tokens": 16}) as engine:
+        # 32 tokens a step: prompts are prefilled in chunks, beside others that decode.
+        with running_engine(path, **budgets, **{"scheduler.max_batch_tokens": 32}) as engine:
             requests = greedy(prompts, NEW_TOKENS)
             batch = run(engine, requests)
             alone = [run(engine, [request])[0] for request in requests]
@@ -93,6 +94,23 @@ def test_half_precision_tokens_do_not_depend_on_places(
         assert [
             [(event.token_id, event.logprob) for event in events] for events in outcome
         ] == first
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_tokens_do_not_depend_on_neighbours(seed: int, tmp_path: Path) -> None:
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN's bfloat16 products round by the number of rows; see benchmarks/LOG.md")
+    tiny = Tiny(dtype="bfloat16", seed=seed)
+    path = tiny.write(tmp_path)
+    requests = greedy(prompts_of(tiny, (61, 5, 33, 90, 17, 48, 75, 26)), 48)
+    with running_engine(path, **{"scheduler.max_batch_tokens": 64}) as engine:
+        batch = run(engine, requests)
+        alone = [run(engine, [request])[0] for request in requests]
+    for together, single in zip(batch, alone, strict=True):
+        # Bit for bit: log-probabilities too.
+        assert [(event.token_id, event.logprob) for event in together] == [
+            (event.token_id, event.logprob) for event in single
+        ]
 
 
 def test_sampled_tokens_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class Simulator:
 
     def __init__(self, max_batch_tokens, max_running, num_blocks, block_tokens):
         self.max_batch_tokens, self.block_tokens = max_batch_tokens, block_tokens
-        self.most = min(max_running, max_batch_tokens)
+        self.tile = 16 if max_batch_tokens >= 32 else 1
+        self.most = max(1, min(max_running, max_batch_tokens - self.tile))
         self.free = num_blocks
         self.waiting, self.running = [], []
 
@@ -59,10 +60,16 @@ class Simulator:
         decodes = [(request.request_id, 1) for request in self.running if request.left == 1]
         room, prefills = self.max_batch_tokens - len(decodes), []
         for request in self.running:
-            if request.left > 1 and room:
-                tokens = min(room, request.left)
-                prefills.append((request.request_id, tokens))
-                room -= tokens
+            if request.left > 1:
+                tokens = request.left
+                if tokens > room:
+                    last = request.done + room
+                    while last % self.tile:
+                        last -= 1
+                    tokens = last - request.done
+                if tokens > 0:
+                    prefills.append((request.request_id, tokens))
+                    room -= tokens
         return decodes + prefills
 
     def remove(self, request_id: int) -> None:
@@ -78,7 +85,7 @@ def test_scheduler_equals_the_simulator(seed):
     choose = random.Random(seed)
     block_tokens, num_blocks = choose.choice([1, 3, 16]), choose.randint(4, 30)
     sizes = {
-        "max_batch_tokens": choose.choice([1, 2, 7, 64]),
+        "max_batch_tokens": choose.choice([1, 2, 7, 33, 64]),
         "max_running": choose.choice([1, 3, 32]),
         "num_blocks": num_blocks,
         "block_tokens": block_tokens,
