@@ -97,6 +97,7 @@ class Engine:
                 self._fail([scheduled.sequence for scheduled in step], error)
             else:
                 completing = [scheduled.sequence for scheduled in step if scheduled.completes_input]
+                logits, completing = self._without_broken(logits, completing)
                 sampled = sample(logits, completing)
                 self._account(step, started, before)
                 self.scheduler.advance(step)
@@ -153,6 +154,22 @@ class Engine:
 
     def _spent(self) -> "_Spent":
         return _Spent(self.model.router_s, replace(self.cache.counters))
+
+    def _without_broken(
+        self, logits: torch.Tensor, sequences: list[Sequence]
+    ) -> tuple[torch.Tensor, list[Sequence]]:
+        """Ends requests whose logits are not finite: there is no token to choose from them."""
+        finite = logits.isfinite().all(dim=-1).tolist()
+        if all(finite):
+            return logits, sequences
+        error = MoeServerError(
+            "The model produced logits that are not finite.",
+            "Check the checkpoint; float16 overflows where bfloat16 does not.",
+            reason=Reason.UNSUPPORTED,
+        )
+        self._fail([sequences[row] for row, is_finite in enumerate(finite) if not is_finite], error)
+        rows = [row for row, is_finite in enumerate(finite) if is_finite]
+        return logits[rows], [sequences[row] for row in rows]
 
     def _expire(self) -> None:
         """Ends requests whose deadline has passed."""

@@ -102,6 +102,7 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
     from moe_server.engine import Engine  # noqa: PLC0415
     from moe_server.warmup.preload import preload  # noqa: PLC0415
 
+    _check_device(config)
     engine = Engine(config, checkpoint, plan)
     preload(engine, config, plan, outbox.progress)
     outbox.send(Loaded(time.monotonic() - started, plan.num_slots, plan.num_records))
@@ -119,6 +120,18 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
                     engine.close()
                     return
         outbox.send(engine.step())
+
+
+def _check_device(config: Config) -> None:
+    import torch  # noqa: PLC0415
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise MoeServerError(
+            "device is cuda, but torch finds no GPU.",
+            "Use --device cpu, or install a CUDA build of torch and the driver.",
+            reason=Reason.UNSUPPORTED,
+            field="device",
+        )
 
 
 def _die_with_parent() -> None:

@@ -83,16 +83,7 @@ class Model:
             dtype=self._dtype,
             device=device,
         )
-        try:
-            self._module = _build_module(checkpoint, device)
-        except Exception as error:
-            # It checks config.json in many places and raises whatever each of them does.
-            raise MoeServerError(
-                f"transformers cannot build {checkpoint.architecture} from "
-                f"{checkpoint.path / 'config.json'}: {error!r}.",
-                "Restore the checkpoint's own config.json.",
-                field="model",
-            ) from error
+        self._module = _build_module(checkpoint, device)
         for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
             self._attach(number, layer.get_submodule("mlp"))
         self._forward: Callable[..., Any] = self._module
@@ -275,17 +266,26 @@ def _build_module(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
 
     transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _cached_experts)
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-    # Some rope types read it and do not fall back to hidden_size / heads.
-    config.head_dim = checkpoint.head_dim
-    config.output_router_logits = False
-    with torch.device("meta"):
-        module: nn.Module = transformers.AutoModelForCausalLM.from_config(
-            config,
-            dtype=getattr(torch, checkpoint.dtype),
-            attn_implementation=ATTENTION_NAME,
-            experts_implementation=EXPERTS_NAME,
-        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        # Some rope types read it and do not fall back to hidden_size / heads.
+        config.head_dim = checkpoint.head_dim
+        config.output_router_logits = False
+        with torch.device("meta"):
+            module: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, checkpoint.dtype),
+                attn_implementation=ATTENTION_NAME,
+                experts_implementation=EXPERTS_NAME,
+            )
+    except Exception as error:
+        # It checks config.json in many places and raises whatever each of them does.
+        raise MoeServerError(
+            f"transformers cannot build {checkpoint.architecture} from "
+            f"{checkpoint.path / 'config.json'}: {error!r}.",
+            "Restore the checkpoint's own config.json.",
+            field="model",
+        ) from error
     # Rotary frequencies are computed, not stored, and float32 whatever the model's dtype.
     base: Any = module.get_submodule("model")
     with torch.device(device):

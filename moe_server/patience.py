@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from moe_server.budget import MemoryPlan
 from moe_server.config import Config
 
+SLOW_SAMPLING_S = 0.2
+"""One request's token with penalties and log-probabilities: measured 0.06 s for 100,000 ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long the supervisor waits before it concludes or tries again; all in seconds."""
 
-    first_message_s: float = 300.0
-    """Importing torch from a cold disk."""
-    loading_s: float = 60.0
+    first_message_s: float = 60.0
+    loading_s: float = 300.0
+    """The longest stage without progress: importing torch from a cold disk, or pinning memory."""
     idle_s: float = 10.0
     """An engine without requests sends a heartbeat every 0.5 s."""
     busy_s: float = 60.0
@@ -28,12 +31,14 @@ class Patience:
 def longest_step_s(config: Config, plan: MemoryPlan, num_active_parameters: int) -> float:
     """How long one step may take before the engine counts as hung.
 
-    A step can read every expert that is not resident, once, and computes up to max_batch_tokens.
-    Both rates are pessimistic on purpose: killing a slow engine helps nobody.
+    A step can read every expert that is not resident, once, computes up to max_batch_tokens and
+    samples for every running request. The rates are pessimistic on purpose: killing a slow engine
+    helps nobody.
     """
     slow_disk_bytes_per_s = 200e6
     slow_flops = 10e9 if config.device == "cpu" else 1e12
     absent = max(0, plan.num_experts_total - plan.num_slots)
     flops = 2 * num_active_parameters * config.scheduler.max_batch_tokens
     read_s = absent * plan.expert_bytes / slow_disk_bytes_per_s
-    return 10.0 + read_s + flops / slow_flops
+    sampling_s = config.scheduler.max_running * SLOW_SAMPLING_S
+    return 10.0 + read_s + flops / slow_flops + sampling_s

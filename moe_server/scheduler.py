@@ -42,8 +42,8 @@ class Scheduler:
         self, *, max_batch_tokens: int, max_running: int, num_blocks: int, block_tokens: int
     ) -> None:
         # Neighbours decide how much of a step is left for a prompt. Were they to decide where
-        # attention's tiles begin, they would decide how it is rounded: a prompt is cut between tiles
-        # only. (A step below two tiles has no choice.)
+        # attention's tiles begin, they would decide how it is rounded: prompts are cut between
+        # tiles only. (A step below two tiles has no choice.)
         self._tile = QUERY_TILE_TOKENS if max_batch_tokens >= 2 * QUERY_TILE_TOKENS else 1
         # Each running request gets its one token in every step, and one prompt at least a tile.
         self._max_running = max(1, min(max_running, max_batch_tokens - self._tile))
@@ -128,4 +128,3 @@ class Scheduler:
     def _blocks_for(self, sequence: Sequence) -> int:
         # The last token of the longest form is sampled but never run through the model.
         return max(1, -(-(sequence.max_tokens - 1) // self._block_tokens))
-

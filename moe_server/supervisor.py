@@ -336,7 +336,7 @@ class Supervisor:
         try:
             await self._prove()
         except MoeServerError as error:
-            return Loss(error.message, error.remedy, retry=False)
+            return Loss(error.message, error.remedy, retry=error.reason is Reason.UNAVAILABLE)
         self._life_ready_at = time.monotonic()
         self._first_ready_at = self._first_ready_at or self._life_ready_at
         self._enter(ServerState.READY)

@@ -132,9 +132,10 @@ class ExpertCache:
     def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yields groups of (expert, slot) until every expert of `experts` was in one group.
 
-        Resident experts come first, in one group, while the misses are already being read. The
-        slots of a group are the caller's until it asks for the next one. Close the generator to
-        give up: reads that were only for it are cancelled.
+        Resident experts come first, in one group, while misses are already being read from disk
+        (those in host memory are copied before: the copy is this thread's work). The slots of a
+        group are the caller's until it asks for the next one. Close the generator to give up:
+        reads that were only for it are cancelled.
 
         Args:
             layer: The layer they belong to.

@@ -136,7 +136,7 @@ class Reader:
                     self._read(chunk, window)
                 except OSError as failure:
                     error = _read_error(chunk.file, failure.strerror or str(failure))
-                except EOFError as failure:
+                except Exception as failure:  # noqa: BLE001  a dead thread would leave waiters
                     error = _read_error(chunk.file, str(failure))
             chunk.ticket.chunk_done(error)
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import FinishReason, Sampling, Submit
@@ -373,3 +374,26 @@ def test_a_config_that_transformers_refuses_is_the_users_to_mend(
     ):
         pass
     assert caught.value.reason is Reason.INVALID
+
+
+def test_logits_that_are_not_finite_end_their_own_request_only(engine, expected, monkeypatch):
+    sample_from = engine.model.forward
+
+    def overflowing(batch):
+        with torch.inference_mode():
+            logits = sample_from(batch).clone()
+            logits[0, 3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(engine.model, "forward", overflowing)
+    engine.submit(Submit(0, PROMPT, 20, [], Sampling(temperature=1.0)))
+    submit(engine, 1, OTHER)
+    done = engine.step()
+    monkeypatch.undo()
+    [failed] = done.failed
+    assert (failed.request_id, failed.reason) == (0, Reason.UNSUPPORTED)
+    answer = [event.token_id for event in done.tokens]
+    while not engine.idle:
+        answer += [event.token_id for event in engine.step().tokens]
+    assert answer == expected[1]
+    assert_empty(engine)

@@ -230,8 +230,9 @@ def test_the_longest_step_allows_for_what_must_be_read():
     config = Config()
     checkpoint = read_checkpoint(config.model_path)
     resident = plan_memory(config, checkpoint)
-    assert longest_step_s(config, resident, 0) == 10.0
+    at_rest = longest_step_s(config, resident, 0)
+    assert 10 < at_rest < 20
     paged = replace(resident, num_slots=1, expert_bytes=10**9)
     num_absent = paged.num_experts_total - 1
-    assert longest_step_s(config, paged, 0) == pytest.approx(10 + 5 * num_absent)
+    assert longest_step_s(config, paged, 0) == pytest.approx(at_rest + 5 * num_absent)
     assert longest_step_s(config, resident, 10**9) > 100

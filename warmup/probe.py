@@ -1,8 +1,7 @@
 """The proof behind READY: real requests through the real listener.
 
-After every successful load: a batch of requests side by side, which takes allocators and caches
-through their largest shapes, then probes one after another, each timed as a client would time it.
-READY means that every probe of one round kept the limits.
+After every successful load: a batch of requests side by side, then probes one after another, each
+timed as a client would time it. READY means that every probe of one round kept the limits.
 
 Knows the protocol and an address; neither the supervisor that awaits it nor the engine. `moe-server
 warmup` sends the same probes from outside.
@@ -143,17 +142,21 @@ class WarmUp:
 
         Raises:
             MoeServerError: No round did; the message says what was missed and by how much.
+                UNAVAILABLE where the last one failed for a cause that can pass.
         """
         self.probes = []
-        failure = ""
+        failure, reason = "", Reason.UNSUPPORTED
         # A proxy that the environment names is for the way out, not for our own listener.
         options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
         async with grpc.aio.insecure_channel(self._target, options=options) as channel:
             for attempt in range(1, self._config.attempts + 1):
+                reason = Reason.UNSUPPORTED
                 try:
                     failure = await self._round(channel, attempt)
                 except grpc.aio.AioRpcError as error:
                     failure = f"a request failed with {error.code().name}: {error.details()}"
+                    if error.code() is grpc.StatusCode.UNAVAILABLE:
+                        reason = Reason.UNAVAILABLE
                 except MoeServerError as error:
                     failure = str(error)
                 if not failure:
@@ -163,7 +166,7 @@ class WarmUp:
         raise MoeServerError(
             f"The warm-up failed {self._config.attempts} times; last: {failure}.",
             "Give more memory (see `moe-server plan`), or raise the limit.",
-            reason=Reason.UNSUPPORTED,
+            reason=reason,
         )
 
     async def _round(self, channel: grpc.aio.Channel, attempt: int) -> str:

@@ -33,6 +33,8 @@ def serve(config: Config) -> None:
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
     check_room(plan, config)
+    # Decided once: the engine, and every restart of it, gets the budget that was checked here.
+    config = config.model_copy(update={"device_memory": plan.device_budget_bytes})
     model = ServedModel.of(config, checkpoint, plan, load_tokenizer(config.model_path))
     for what, amount in plan.table():
         log.info("plan", what=what.strip(), amount=amount)
