@@ -72,7 +72,7 @@ class EngineLink:
         """
         sending = asyncio.ensure_future(self._socket.send(_encoder.encode(message), zmq.NOBLOCK))
         if isinstance(sending.exception(), zmq.Again):
-            log.error("engine does not read its messages; killing it", pid=self.pid)
+            log.warning("engine takes no messages any more; killing it", pid=self.pid)
             self.kill()
 
     async def receive(self) -> FromEngine:
