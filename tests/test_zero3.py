@@ -93,8 +93,8 @@ def test_what_is_left_to_others_follows_the_checkpoint(tmp_path):
         ({"zero_optimization": {"stage": 3, "no_such_key": 3}}, "no_such_key"),
         ({"train_micro_batch_size_per_gpu": "many"}, "DeepSpeed does not accept it"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, "optimizer is for training"),
-        ([], "does not hold a JSON object"),
-        ("{", "Cannot use"),
+        ([], "holds a list, expected an object"),
+        ("{", "it is no JSON"),
     ],
     ids=str,
 )
