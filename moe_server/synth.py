@@ -228,7 +228,7 @@ def _shard_size(_context: click.Context, _parameter: click.Parameter, text: str)
     try:
         size_bytes = parse_bytes(text)
     except ValueError as error:
-        raise click.BadParameter(str(error)) from None
+        raise click.BadParameter(f"{text!r} is not a size: {error}.") from None
     if not isinstance(size_bytes, int):
         raise click.BadParameter(f"{text!r} is not a size; write for example 5GB.")
     return size_bytes
