@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 50051
 PROTOS := $(wildcard proto/moe_server/v1/*.proto)
-STUBS := $(PROTOS:.proto=_pb2.py)
+BUF := build/buf/node_modules/.bin/buf
 
 .PHONY: run test lint types proto proto-check clean
 
@@ -28,15 +28,16 @@ proto: $(VENV)/.installed-dev
 	    $(addprefix moe_server/,$(PROTOS))
 
 # The stubs that are checked in are the ones the .proto files give; buf finds them sound.
-proto-check: $(VENV)/.installed-dev node_modules/.bin/buf
+proto-check: $(VENV)/.installed-dev $(BUF)
 	rm -rf build/proto && mkdir -p build/proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=build/proto --pyi_out=build/proto \
 	    --grpc_python_out=build/proto $(addprefix moe_server/,$(PROTOS))
 	diff -r --exclude=*.proto --exclude=__pycache__ build/proto/moe_server/proto/moe_server proto/moe_server
-	cd proto && ../node_modules/.bin/buf lint && ../node_modules/.bin/buf format --diff --exit-code
+	cd proto && ../$(BUF) lint && ../$(BUF) format --diff --exit-code
 
-node_modules/.bin/buf:
-	npm install --no-save --no-package-lock --silent @bufbuild/buf@1
+# With a prefix: npm would otherwise install into whatever package surrounds this checkout.
+$(BUF):
+	npm install --prefix build/buf --no-save --no-package-lock --silent @bufbuild/buf@1
 
 $(VENV)/.installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moe-server needs Python 3.11 or newer; set PYTHON=...")'
@@ -51,4 +52,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build node_modules *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
