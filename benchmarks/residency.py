@@ -158,7 +158,7 @@ def _disk_bytes_per_s(checkpoint: Checkpoint) -> float:
         reader.submit(checkpoint.record_segments(expert), arena[0].data_ptr()).wait()
     elapsed = time.perf_counter() - started
     reader.close()
-    return 3 * checkpoint.record_layout.matrix_bytes * (len(experts) - 1) / elapsed
+    return checkpoint.record_layout.weight_bytes * (len(experts) - 1) / elapsed
 
 
 def _memory_bytes_per_s() -> float:
@@ -174,7 +174,7 @@ def _memory_bytes_per_s() -> float:
 
 def _report(measured: dict[str, list[Measured]], checkpoint: Checkpoint) -> None:
     experts_per_token = checkpoint.num_layers * checkpoint.num_experts_per_token
-    expert_bytes = 3 * checkpoint.record_layout.matrix_bytes
+    expert_bytes = checkpoint.record_layout.weight_bytes
     expected = {
         arm.name: (1 - max(arm.device_share + arm.host_share, 1 / len(checkpoint.experts)))
         * experts_per_token

@@ -141,7 +141,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
         host_budget_bytes=config.host_memory,
         num_records=num_records,
         num_staging=num_staging,
-        expert_bytes=3 * checkpoint.record_layout.matrix_bytes,
+        expert_bytes=checkpoint.record_layout.weight_bytes,
         num_experts_total=total,
         num_blocks=num_blocks,
         max_request_tokens=max_request,

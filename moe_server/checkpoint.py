@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_server.errors import MoeServerError, Reason
+from moe_server.kernels.formats import WeightFormat
 from moe_server.offload.layout import ExpertId, RecordLayout, Segment
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,7 +83,7 @@ class Checkpoint:
 
     @property
     def record_layout(self) -> RecordLayout:
-        return RecordLayout(self.hidden_size, self.intermediate_size, self.itemsize)
+        return RecordLayout(self.hidden_size, self.intermediate_size, WeightFormat(self.dtype))
 
     def record_segments(self, expert: ExpertId) -> tuple[Segment, ...]:
         """Where the bytes of an expert's record are: straight in the shards, nothing is copied."""

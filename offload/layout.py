@@ -10,6 +10,8 @@ Knows no files, no torch and no model names; everything in `offload` builds on i
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
+
 PAGE_BYTES = 4096
 """Alignment of records, so that a slot can be the target of an O_DIRECT read."""
 
@@ -26,21 +28,29 @@ class ExpertId:
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """Offsets of an expert's matrices in its record, in bytes.
+    """Where an expert's matrices are in its record, in bytes.
 
-    Shapes, row-major: w1 and w3 (intermediate_size, hidden_size), w2 (hidden_size,
-    intermediate_size).
+    w1 and w3 are (intermediate_size, hidden_size), w2 is (hidden_size, intermediate_size); how each
+    lies in its bytes is `kernels.formats`' business.
     """
 
     hidden_size: int
     intermediate_size: int
-    itemsize: int
-    """Bytes of one weight."""
+    format: WeightFormat
+    group_columns: int = GROUP_COLUMNS
 
     @property
-    def matrix_bytes(self) -> int:
-        """Bytes of each of the three matrices."""
-        return self.hidden_size * self.intermediate_size * self.itemsize
+    def w13(self) -> MatrixLayout:
+        """w1's layout, and w3's."""
+        return MatrixLayout(
+            self.intermediate_size, self.hidden_size, self.format, self.group_columns
+        )
+
+    @property
+    def w2(self) -> MatrixLayout:
+        return MatrixLayout(
+            self.hidden_size, self.intermediate_size, self.format, self.group_columns
+        )
 
     @property
     def w1_offset(self) -> int:
@@ -48,16 +58,21 @@ class RecordLayout:
 
     @property
     def w3_offset(self) -> int:
-        return self.matrix_bytes
+        return self.w13.nbytes
 
     @property
     def w2_offset(self) -> int:
-        return _round_up(2 * self.matrix_bytes, _MATRIX_ALIGN_BYTES)
+        return _round_up(2 * self.w13.nbytes, _MATRIX_ALIGN_BYTES)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the three matrices."""
+        return 2 * self.w13.nbytes + self.w2.nbytes
 
     @property
     def stride_bytes(self) -> int:
-        """Bytes from one record to the next in an arena: whole pages."""
-        return _round_up(self.w2_offset + self.matrix_bytes, PAGE_BYTES)
+        """Bytes from one record to the next in an arena and in a packed store: whole pages."""
+        return _round_up(self.w2_offset + self.w2.nbytes, PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def make_checkpoint(
     return Checkpoint(
         path=Path("model"),
         architecture="MixtralForCausalLM",
-        dtype="bfloat16",
+        dtype={2: "bfloat16", 4: "float32"}[itemsize],
         itemsize=itemsize,
         vocab_size=vocab,
         hidden_size=hidden,

@@ -6,6 +6,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_server.kernels.experts import swiglu
+from moe_server.kernels.formats import WeightFormat
 from moe_server.kernels.routing import combine, plan_routing
 from moe_server.offload.layout import RecordLayout
 
@@ -53,7 +54,7 @@ def test_swiglu_equals_float64(dtype, hidden, intermediate, num_rows):
         weights(hidden, intermediate),
     )
     rows = weights(num_rows, hidden)
-    layout = RecordLayout(hidden, intermediate, dtype.itemsize)
+    layout = RecordLayout(hidden, intermediate, WeightFormat(str(dtype).removeprefix("torch.")))
     output = run_swiglu(layout, rows, make_record(layout, w1, w3, w2))
     x = rows.double()
     gate, up = x @ w1.double().T, x @ w3.double().T
@@ -78,7 +79,7 @@ def test_plan_swiglu_and_combine_equal_transformers_bit_for_bit(dtype, top_k, nu
     )
     config._experts_implementation = "eager"
     experts = MixtralExperts(config).to(dtype)
-    layout = RecordLayout(hidden, intermediate, dtype.itemsize)
+    layout = RecordLayout(hidden, intermediate, WeightFormat(str(dtype).removeprefix("torch.")))
     with torch.inference_mode():
         experts.gate_up_proj.normal_(std=0.3)
         experts.down_proj.normal_(std=0.3)
