@@ -46,6 +46,7 @@ setup(
         "tokenizers>=0.21",
         "torch>=2.11",
         "transformers>=5.17",
+        "xxhash>=3.4",
     ],
     extras_require={
         "dev": [

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from moe_server.budget import READ_CHUNK_BYTES, plan_memory
+from moe_server.budget import READ_BLOCK_BYTES, plan_memory
 from moe_server.checkpoint import Checkpoint, read_checkpoint
 from moe_server.client import Client
 from moe_server.commands.startup import wait_ready
@@ -148,7 +148,7 @@ def _measure(
 def _disk_bytes_per_s(checkpoint: Checkpoint) -> float:
     """Reads four experts through our own reader, past the page cache."""
     stride = checkpoint.record_layout.stride_bytes
-    arena, reader = Arena(1, stride), Reader(4, READ_CHUNK_BYTES)
+    arena, reader = Arena(1, stride), Reader(4, READ_BLOCK_BYTES)
     experts = random.sample(list(checkpoint.experts), min(4, len(checkpoint.experts)))
     reader.submit(
         checkpoint.record_segments(experts[0]), arena[0].data_ptr()

@@ -19,8 +19,8 @@ RUNTIME_BYTES = 290 * 2**20
 """The engine process before it holds any of the model: 264 MiB of imports (torch 2.13, transformers
 5.23, deepspeed 0.19.8) and what its allocator keeps."""
 
-READ_CHUNK_BYTES = 8 * 2**20
-"""One disk read. Each reading thread owns one buffer of this size."""
+READ_BLOCK_BYTES = 8 * 2**20
+"""The largest single read. Each reading thread owns one buffer of this size."""
 
 QUERY_TILE_TOKENS = 16
 """Positions of a prompt that attention takes at once; tiles begin at multiples of it."""
@@ -260,7 +260,7 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     experts = combining + one_expert
     # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
     logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)
-    reading = config.read_threads * (READ_CHUNK_BYTES + 2 * 4096) if config.device == "cpu" else 0
+    reading = config.read_threads * (READ_BLOCK_BYTES + 2 * 4096) if config.device == "cpu" else 0
     return residual + max(attention, experts, logits) + reading
 
 

@@ -152,7 +152,14 @@ class Config(Section):
     zero3_config: Path | None = None
     """Your own DeepSpeed JSON (stage 3); unset: one that suits inference on this device."""
     read_threads: int = Field(4, ge=1, le=64)
-    """Threads that read experts from disk."""
+    """Most reads in flight at once; how many pay is measured at the start."""
+    verify: bool = False
+    """Hold every later read of a checkpoint's own shards to what the first one brought. (A packed
+    store carries checksums, which are always verified.)"""
+    prefetch: bool = True
+    """Read what the next layer will probably want while the disk has nothing better to do."""
+    allow_pageable: bool = False
+    """On CUDA: go on where host memory cannot be pinned. Copies to the device are slower then."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads for computing; unset: one for each core this process may use."""
 

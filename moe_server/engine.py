@@ -5,14 +5,13 @@ schedule -> model -> sample -> postprocess. Knows messages, not where they come 
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
 import torch
 
-from moe_server.budget import READ_CHUNK_BYTES, MemoryPlan, usable_cores
-from moe_server.checkpoint import Checkpoint
+from moe_server.budget import MemoryPlan, usable_cores
 from moe_server.config import Config
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import (
@@ -25,11 +24,11 @@ from moe_server.messages import (
     TokenEvent,
 )
 from moe_server.model import Model, StepInput
-from moe_server.offload.cache import CacheCounters, ExpertCache
-from moe_server.offload.reader import Reader
+from moe_server.offload.cache import CacheCounters
 from moe_server.sampler import Sampled, sample
 from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
+from moe_server.weights import Weights
 
 
 class Engine:
@@ -37,33 +36,31 @@ class Engine:
 
     Args:
         config: The whole configuration.
-        checkpoint: What is served.
         plan: How memory is divided.
+        weights: What is being read from disk.
+        poll: Called often while a step waits for the disk: takes in what has happened meanwhile.
     """
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: MemoryPlan,
+        weights: Weights,
+        poll: Callable[[], None] = lambda: None,
+    ) -> None:
         torch.set_num_threads(config.threads or usable_cores())
         device = torch.device(config.device)
         block_tokens = config.scheduler.block_tokens
-        self._config = config
-        self.reader = Reader(config.read_threads, READ_CHUNK_BYTES)
-        self.cache = ExpertCache(
-            {expert: checkpoint.record_segments(expert) for expert in checkpoint.experts},
-            num_layers=checkpoint.num_layers,
-            num_slots=plan.num_slots,
-            num_records=plan.num_records,
-            num_staging=plan.num_staging,
-            stride_bytes=plan.slot_bytes,
-            device=device,
-            reader=self.reader,
-        )
+        self.weights = weights
+        self.cache = weights.cache
         self.model = Model(
-            checkpoint,
+            weights,
             device=device,
             num_blocks=plan.num_blocks,
             block_tokens=block_tokens,
-            cache=self.cache,
+            prefetch=config.prefetch,
         )
+        self._poll = poll
         self.scheduler = Scheduler(
             max_batch_tokens=config.scheduler.max_batch_tokens,
             max_running=config.scheduler.max_running,
@@ -92,11 +89,14 @@ class Engine:
         if step:
             started, before = time.monotonic(), self._spent()
             try:
-                logits = self.model.forward([_step_input(scheduled) for scheduled in step])
+                logits = self.model.forward(
+                    [_step_input(scheduled) for scheduled in step], self._take_in
+                )
             except MoeServerError as error:
                 self._fail([scheduled.sequence for scheduled in step], error)
             else:
                 completing = [scheduled.sequence for scheduled in step if scheduled.completes_input]
+                logits, completing = _without_left(logits, completing)
                 logits, completing = self._without_broken(logits, completing)
                 sampled = sample(logits, completing)
                 self._account(step, started, before)
@@ -107,7 +107,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the reader's threads."""
-        self.reader.close()
+        self.weights.close()
 
     def _postprocess(self, sequences: Many[Sequence], sampled: Many[Sampled]) -> list[TokenEvent]:
         """Appends the new tokens; requests that are complete leave."""
@@ -171,6 +171,11 @@ class Engine:
         rows = [row for row, is_finite in enumerate(finite) if is_finite]
         return logits[rows], [sequences[row] for row in rows]
 
+    def _take_in(self) -> None:
+        """While a step waits for the disk: requests that leave now take their reads with them."""
+        self._poll()
+        self._expire()
+
     def _expire(self) -> None:
         """Ends requests whose deadline has passed."""
         for sequence in self.scheduler.expired(time.monotonic()):
@@ -230,4 +235,15 @@ def _step_input(scheduled: Scheduled) -> StepInput:
         num_context=end,
         block_table=sequence.block_table,
         wants_logits=scheduled.completes_input,
+        still_wanted=lambda: sequence.is_running,
     )
+
+
+def _without_left(
+    logits: torch.Tensor, sequences: list[Sequence]
+) -> tuple[torch.Tensor, list[Sequence]]:
+    """Leaves out requests that ended during the step: what was computed for them is rubbish."""
+    rows = [row for row, sequence in enumerate(sequences) if sequence.is_running]
+    if len(rows) == len(sequences):
+        return logits, sequences
+    return logits[rows], [sequences[row] for row in rows]

@@ -29,9 +29,11 @@ from moe_server.messages import (
     Submit,
     ToEngine,
 )
+from moe_server.weights import Weights
 
 HEARTBEAT_MS = 500
 PROGRESS_INTERVAL_S = 0.1
+SWITCH_INTERVAL_S = 0.0005
 
 _PR_SET_PDEATHSIG = 1
 
@@ -98,34 +100,46 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
     outbox.progress(Progress("libraries", 0, 0, 0, 1))
+    if config.device == "cuda":
+        _check_cuda()
+    # The disk works while libraries are imported; a lower interval lets its threads have the GIL.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    weights = Weights(config, checkpoint, plan)
+    weights.begin()
     # Heavy imports, after the messages that tell the front door we live.
     from moe_server.engine import Engine  # noqa: PLC0415
     from moe_server.warmup.preload import preload  # noqa: PLC0415
 
-    _check_device(config)
-    engine = Engine(config, checkpoint, plan)
-    preload(engine, config, plan, outbox.progress)
-    outbox.send(Loaded(time.monotonic() - started, plan.num_slots, plan.num_records))
+    is_shutdown = False
     decoder = msgspec.msgpack.Decoder(ToEngine)
-    while True:
-        timeout = HEARTBEAT_MS if engine.idle else 0
-        while socket.poll(timeout):
-            timeout = 0
+
+    def drain_inbox(timeout_ms: int = 0) -> None:
+        nonlocal is_shutdown
+        while not is_shutdown and socket.poll(timeout_ms):
+            timeout_ms = 0
             match decoder.decode(socket.recv()):
                 case Submit() as request:
                     engine.submit(request)
                 case Cancel(request_id):
                     engine.cancel(request_id)
                 case Shutdown():
-                    engine.close()
-                    return
+                    is_shutdown = True
+
+    engine = Engine(config, plan, weights, drain_inbox)
+    preload(engine, config, plan, outbox.progress)
+    outbox.send(Loaded(time.monotonic() - started, plan.num_slots, plan.num_records))
+    while True:
+        drain_inbox(HEARTBEAT_MS if engine.idle else 0)
+        if is_shutdown:
+            engine.close()
+            return
         outbox.send(engine.step())
 
 
-def _check_device(config: Config) -> None:
+def _check_cuda() -> None:
     import torch  # noqa: PLC0415
 
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise MoeServerError(
             "device is cuda, but torch finds no GPU.",
             "Use --device cpu, or install a CUDA build of torch and the driver.",

@@ -9,6 +9,7 @@ tensors are read. Knows nothing of requests, text or gRPC: `engine` brings batch
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,17 @@ from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels.experts import swiglu
 from moe_server.kernels.routing import combine, plan_routing
 from moe_server.kv_cache import PagedKv
-from moe_server.offload.cache import ExpertCache
-from moe_server.offload.layout import Segment
-from moe_server.offload.reader import Reader
+from moe_server.offload.cache import Held
+from moe_server.offload.prefetch import LookAhead
+from moe_server.weights import Weights
 
 EXPERTS_NAME = "moe_server_cached"
 
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _nothing() -> None:
+    """Nobody has to be asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,32 +50,39 @@ class StepInput:
     """KV blocks in order of position, enough for `num_context`."""
     wants_logits: bool
     """True where the last new token is to be followed by a sampled one."""
+    still_wanted: Callable[[], bool] = lambda: True
+    """Turns false when the request has left: its results are of no use any more."""
 
 
 class Model:
     """The model, ready to run steps. One thread only.
 
     Args:
-        checkpoint: What to load.
+        weights: What is read from disk.
         device: Where it computes.
         num_blocks: KV blocks.
         block_tokens: Tokens in a block.
-        cache: The experts.
+        prefetch: Predict the next layer's experts.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        weights: Weights,
         *,
         device: torch.device,
         num_blocks: int,
         block_tokens: int,
-        cache: ExpertCache,
+        prefetch: bool,
     ) -> None:
         self.router_s = 0.0
         """Seconds spent on routing since the start: router logits, top-k, plan."""
-        self.cache = cache
-        self.checkpoint = checkpoint
+        self.cache = weights.cache
+        self.checkpoint = checkpoint = weights.checkpoint
+        self._weights = weights
+        self._prefetch = prefetch
+        self._look_ahead: LookAhead | None = None
+        self._batch: Sequence[StepInput] = ()
+        self._poll: Callable[[], None] = _nothing
         self._device = device
         self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
         self._block_tokens = block_tokens
@@ -88,25 +100,19 @@ class Model:
             self._attach(number, layer.get_submodule("mlp"))
         self._forward: Callable[..., Any] = self._module
 
-    def load_dense(self, reader: Reader, progress: Callable[[int], None]) -> None:
-        """Reads the dense weights.
+    def load_dense(self, progress: Callable[[int], None]) -> None:
+        """Takes the dense weights as they arrive.
 
         Args:
-            reader: Reads the bytes.
             progress: Called with the bytes read so far.
 
         Raises:
             MoeServerError: A read failed.
         """
-        tensors: dict[str, torch.Tensor] = {}
-        done = 0
-        for name, location in self.checkpoint.dense.items():
-            tensor = torch.empty(location.shape, dtype=self._dtype)
-            part = Segment(location.file, location.offset, location.nbytes, 0)
-            reader.submit([part], tensor.data_ptr()).wait()
-            tensors[name] = tensor.to(self._device)
-            done += location.nbytes
-            progress(done)
+        tensors = {
+            name: bytes_.view(self._dtype).view(self.checkpoint.dense[name].shape).to(self._device)
+            for name, bytes_ in self._weights.take_dense(progress).items()
+        }
         result = self._module.load_state_dict(tensors, strict=False, assign=True)
         tied: Any = self._module
         tied.tie_weights()
@@ -119,14 +125,27 @@ class Model:
                 reason=Reason.UNSUPPORTED,
             )
         self._module.requires_grad_(requires_grad=False)
+        if self._prefetch:
+            blocks: list[Any] = list(self._module.get_submodule("model.layers").children())
+            self._look_ahead = LookAhead(
+                [block.mlp.gate.weight for block in blocks],
+                [block.post_attention_layernorm.weight for block in blocks],
+                self.checkpoint.num_experts_per_token,
+            )
 
     def use_zero3(self, config_file: Path | None) -> None:
         """Hands the dense weights to DeepSpeed ZeRO-3; see `zero3.wrap`."""
         self._forward = zero3.wrap(self._module, self._dtype, self._device, config_file)
 
     @torch.inference_mode()
-    def forward(self, batch: Sequence[StepInput]) -> torch.Tensor:
+    def forward(
+        self, batch: Sequence[StepInput], poll: Callable[[], None] = _nothing
+    ) -> torch.Tensor:
         """Runs one step.
+
+        Args:
+            batch: The requests' parts.
+            poll: Called while the disk is waited for; requests may leave in it.
 
         Returns:
             float32 (rows, vocab_size): logits of the requests that want them, in order.
@@ -159,6 +178,7 @@ class Model:
             )
             if request.wants_logits:
                 last_rows.append(len(token_ids) - 1)
+        self._batch, self._poll = batch, poll
         output = self._forward(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],
@@ -193,22 +213,42 @@ class Model:
             (T, H).
         """
         started = time.perf_counter()
+        num_choices = top_k_index.shape[1]
         plan = plan_routing(top_k_index, self.checkpoint.num_experts)
+        if self._look_ahead is not None:
+            self.cache.predict(layer + 1, self._look_ahead.predict(layer, hidden_states))
         self.router_s += time.perf_counter() - started
-        num_picks = top_k_index.numel()
-        outputs = hidden_states.new_empty(num_picks, hidden_states.shape[1])
+        outputs = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[1])
         picks_of = {
             expert: plan.order[start:end]
             for expert, start, end in zip(
                 plan.experts, plan.offsets, plan.offsets[1:], strict=False
             )
         }
-        for group in self.cache.acquire(layer, plan.experts):
-            for expert, slot in group:
-                picks = picks_of[expert]
-                rows = hidden_states[picks // top_k_index.shape[1]]
-                outputs[picks] = self._run_expert(activation, rows, slot)
+
+        def still_wanted(expert: int) -> bool:
+            self._poll()
+            return self._is_any_wanted(picks_of[expert] // num_choices)
+
+        num_rows = [len(picks) for picks in picks_of.values()]
+        groups = self.cache.acquire(layer, plan.experts, num_rows, still_wanted)
+        with closing(groups):
+            for held in groups:
+                picks = picks_of[held.expert]
+                rows = hidden_states[picks // num_choices]
+                outputs[picks] = self._run_expert(activation, rows, held)
         return combine(outputs, top_k_index, top_k_weights)
+
+    def _is_any_wanted(self, rows: torch.Tensor) -> bool:
+        """True where one of these rows of the step belongs to a request that is still there."""
+        if all(request.still_wanted() for request in self._batch):
+            return True
+        wanted = [
+            is_wanted
+            for request in self._batch
+            for is_wanted in [request.still_wanted()] * len(request.token_ids)
+        ]
+        return any(wanted[row] for row in rows.tolist())
 
     def touch_expert(self, layer: int, expert: int) -> None:
         """Brings an expert to the device and computes one row with it.
@@ -218,18 +258,22 @@ class Model:
         """
         experts: Any = self._module.get_submodule(f"model.layers.{layer}.mlp.experts")
         row = torch.zeros(1, self.checkpoint.hidden_size, dtype=self._dtype, device=self._device)
-        with torch.inference_mode():
-            for [(_, slot)] in self.cache.acquire(layer, [expert]):
-                self._run_expert(experts.act_fn, row, slot)
+        with torch.inference_mode(), closing(self.cache.acquire(layer, [expert])) as groups:
+            for held in groups:
+                self._run_expert(experts.act_fn, row, held)
 
-    def _run_expert(self, activation: Activation, rows: torch.Tensor, slot: int) -> torch.Tensor:
+    def _run_expert(self, activation: Activation, rows: torch.Tensor, held: Held) -> torch.Tensor:
+        for _ in held.arrivals:
+            pass
+        if held.dropped:
+            return torch.zeros_like(rows)
         return swiglu(
-            rows,
-            self.cache.slot(slot),
+            rows.to(held.memory.device),
+            held.memory,
             intermediate_size=self.checkpoint.intermediate_size,
             w2_offset=self.checkpoint.record_layout.w2_offset,
             activation=activation,
-        )
+        ).to(rows.device)
 
     def _attach(self, layer: int, block: nn.Module) -> None:
         """Gives a layer's sparse block our experts, and times its router."""

@@ -26,6 +26,11 @@ class Sequence:
         return cls(request, now, list(request.token_ids))
 
     @property
+    def is_running(self) -> bool:
+        """True from its start until it has ended, in whatever way."""
+        return bool(self.block_table)
+
+    @property
     def num_completion_tokens(self) -> int:
         return len(self.token_ids) - len(self.request.token_ids)
 

@@ -4,15 +4,20 @@ One anonymous mapping with huge pages: measured on 2 cores, O_DIRECT reads reach
 huge pages and 1.1-2.0 GB/s into small ones. Pages are touched on first use, so an arena costs what
 it holds. For CUDA the mapping is registered as pinned memory.
 
-Knows nothing of experts; `cache` decides what lies where.
+torch is imported when a record is first looked at: reading into an arena can begin before, while a
+process still imports its libraries. Knows nothing of experts; `cache` decides what lies where.
 """
 
-import torch
+import ctypes
+from typing import TYPE_CHECKING
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.pages import map_pages
 
-_REGISTER_CHUNK_BYTES = 64 * 2**30
+if TYPE_CHECKING:
+    import torch
+
+_REGISTER_BYTES = 16 * 2**30
 """cudaHostRegister refuses very large ranges on some drivers."""
 
 
@@ -23,45 +28,72 @@ class Arena:
         count: Records; 0 is an arena that holds nothing.
         stride_bytes: A multiple of the page size.
         pinned: Register the memory with CUDA, so that copies to the device run at link speed.
+        allow_pageable: Go on with memory that could not be registered; copies are then slower.
 
     Raises:
-        MoeServerError: The mapping or the registration was refused.
+        MoeServerError: The mapping was refused, or the registration and `allow_pageable` is not
+            given.
     """
 
-    def __init__(self, count: int, stride_bytes: int, *, pinned: bool = False) -> None:
+    def __init__(
+        self, count: int, stride_bytes: int, *, pinned: bool = False, allow_pageable: bool = False
+    ) -> None:
         self.count = count
+        self.is_pinned = False
+        self._stride_bytes = stride_bytes
+        self._records: list[torch.Tensor] | None = None
         size = count * stride_bytes
-        self._records: torch.Tensor | None = None
         if count == 0:
             return
         try:
-            mapping = map_pages(size)
+            self._mapping = map_pages(size)
         except OSError as error:
             raise MoeServerError(
                 f"Cannot map {size} bytes for experts: {error.strerror}.",
                 "Lower device_memory or host_memory.",
                 reason=Reason.EXHAUSTED,
             ) from None
-        self._records = torch.frombuffer(mapping, dtype=torch.uint8).view(count, stride_bytes)
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         if pinned:
-            _register(self._records.data_ptr(), size)
+            try:
+                _register(self._address, size, stride_bytes)
+                self.is_pinned = True
+            except MoeServerError:
+                if not allow_pageable:
+                    raise
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def address(self, index: int) -> int:
+        """Where the record at `index` begins."""
+        assert 0 <= index < self.count
+        return self._address + index * self._stride_bytes
+
+    def __getitem__(self, index: int) -> "torch.Tensor":
         """The record at `index`: uint8, shape (stride_bytes,), a view."""
-        assert self._records is not None
+        if self._records is None:
+            import torch  # noqa: PLC0415  see above
+
+            flat = torch.frombuffer(self._mapping, dtype=torch.uint8)
+            self._records = list(flat.view(self.count, self._stride_bytes).unbind())
         assert 0 <= index < self.count
         return self._records[index]
 
 
-def _register(address: int, size: int) -> None:
+def _register(address: int, size: int, stride_bytes: int) -> None:
+    """Pins the mapping, in pieces of whole records: a copy may not cross from one to another."""
+    import torch  # noqa: PLC0415
+
     cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    for start in range(0, size, _REGISTER_CHUNK_BYTES):
-        length = min(_REGISTER_CHUNK_BYTES, size - start)
+    piece = max(1, _REGISTER_BYTES // stride_bytes) * stride_bytes
+    for start in range(0, size, piece):
+        length = min(piece, size - start)
         code = cudart.cudaHostRegister(address + start, length, 0)
         if int(code) != 0:
+            for registered in range(0, start, piece):
+                cudart.cudaHostUnregister(address + registered)
             raise MoeServerError(
                 f"cudaHostRegister of {length} bytes failed with code {int(code)}.",
-                "Raise RLIMIT_MEMLOCK (ulimit -l unlimited) or lower host_memory.",
+                "Raise RLIMIT_MEMLOCK (ulimit -l unlimited), lower host_memory, or set "
+                "allow_pageable and accept slower copies.",
                 reason=Reason.EXHAUSTED,
                 field="host_memory",
             )

@@ -1,11 +1,12 @@
 """The expert cache: which expert is in which device slot or host record, and how misses get there.
 
 Three exclusive tiers: device slots, host records, disk. `acquire` is the whole interface of a
-layer: it yields resident experts first and misses as they arrive, in waves when there are more of
-them than slots. A miss that is in host memory changes places with the expert whose slot it gets;
-any other is read from disk, straight into its slot where the device is RAM, and the expert whose
-slot it gets moves to the host tier if there is one. What the last tier evicts is forgotten: weights
-are read-only, disk always has them.
+layer: it yields what is at hand first and misses while they arrive, so that they can be computed
+from the front. An expert in host memory is computed where it is or changes places with one on the
+device, whichever `cost` expects to take less time; one that is on disk is read straight into its
+slot where the device is RAM. What a full device evicts moves to the host tier if that pays and is
+forgotten otherwise: weights are read-only, disk always has them. `predict` names what the next
+layer will probably want: it is read when the disk has nothing better to do.
 
 Used by the engine's one thread; only the reader's threads work beside it. Knows slots and bytes,
 not what is computed with them. (The form of the caller's loop, hits first and then misses as they
@@ -15,20 +16,28 @@ arrive, is that of dvmazur/mixtral-offloading.)
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-
-import torch
+from typing import TYPE_CHECKING
 
 from moe_server.errors import MoeServerError
 from moe_server.offload.arena import Arena
+from moe_server.offload.cost import CostModel
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.policy import LayerLru
-from moe_server.offload.reader import Reader, ReadTicket
+from moe_server.offload.reader import Priority, Reader, ReadTicket
+
+if TYPE_CHECKING:
+    import torch
 
 _EXCHANGE_BYTES = 4 * 2**20
 """What an exchange of two experts sets aside at a time: near the caches, long enough for a link."""
+
+_DISK_SAMPLE_BYTES = 2**24
+"""Reads that tell something about the disk's speed."""
+
+_POLL_S = 0.01
+"""How often a wait for the disk looks whether anybody still wants what it waits for."""
 
 
 @dataclass(slots=True)
@@ -38,25 +47,21 @@ class CacheCounters:
     device_hits: int = 0
     host_hits: int = 0
     disk_reads: int = 0
+    """Experts that were on their way from disk, or not even that, when they were wanted."""
     transfer_bytes: int = 0
     """Host to device."""
     read_bytes: int = 0
+    """From disk, prefetches and what was cancelled on its way included."""
     transfer_s: float = 0.0
     """Spent moving experts between host memory and the device."""
     read_s: float = 0.0
     """Spent waiting for the disk."""
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """An expert on its way to its slot."""
-
-    expert: ExpertId
-    slot: int
-    ticket: ReadTicket | None = None
-    """The read from disk; None: it came from host memory and is there."""
-    staging: int | None = None
-    """The pinned record that the read goes through, where slots are out of its reach."""
+    prefetches: int = 0
+    """Reads that were begun on a prediction."""
+    prefetch_hits: int = 0
+    """Those of them that were wanted."""
+    cancelled: int = 0
+    """Reads given up on their way: wrong predictions, and requests that left."""
 
 
 @dataclass(slots=True)
@@ -77,6 +82,37 @@ class _Tier:
         return self.places.pop(expert)
 
 
+@dataclass(slots=True)
+class _Fetch:
+    """An expert on its way from disk to its place."""
+
+    expert: ExpertId
+    tier: _Tier
+    place: int
+    ticket: ReadTicket
+    predicted: bool = False
+    """True while only a prediction wants it."""
+    staging: int | None = None
+    """The pinned record that the read goes through, where slots are out of its reach."""
+
+
+@dataclass(slots=True)
+class Held:
+    """An expert that is the caller's until it asks `acquire` for the next one."""
+
+    expert: int
+    memory: "torch.Tensor"
+    """Its record, uint8 (stride_bytes,): compute where this is."""
+    arrivals: Iterator[int]
+    """How many of the record's first bytes are there, growing; ends when all are, or, with
+    `dropped`, when nobody wants the expert any more."""
+    dropped: bool = False
+
+
+def _always(_expert: int) -> bool:
+    return True
+
+
 class ExpertCache:
     """Expert weights across the tiers.
 
@@ -87,8 +123,10 @@ class ExpertCache:
         num_records: Host records; 0 for no host tier.
         num_staging: Pinned records that reads pass through to a GPU; 0 on a CPU.
         stride_bytes: Bytes of a slot and of a record.
-        device: Where slots are.
+        device: Where slots are: "cpu" or "cuda".
         reader: Reads records; stays the caller's.
+        cost: Prices; by default those of a machine nothing is known of.
+        allow_pageable: Go on where host memory cannot be pinned.
     """
 
     def __init__(
@@ -100,21 +138,26 @@ class ExpertCache:
         num_records: int,
         num_staging: int,
         stride_bytes: int,
-        device: torch.device,
+        device: str,
         reader: Reader,
+        cost: CostModel | None = None,
+        allow_pageable: bool = False,
     ) -> None:
         self.counters = CacheCounters()
+        self.cost = cost or CostModel(shared_memory=device == "cpu")
         self._records = records
         self._reader = reader
         self._stride_bytes = stride_bytes
         self._num_slots = num_slots
-        on_gpu = device.type != "cpu"
+        on_gpu = device != "cpu"
         assert bool(num_staging) == on_gpu
-        self._host = Arena(num_records, stride_bytes, pinned=on_gpu)
-        self._staging = Arena(num_staging, stride_bytes, pinned=True) if on_gpu else None
+        self.host = Arena(num_records, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable)
+        self._staging = Arena(
+            num_staging, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable
+        )
         self._free_staging = list(range(num_staging))
         self._slots: Arena | torch.Tensor = (
-            torch.empty(num_slots, stride_bytes, dtype=torch.uint8, device=device)
+            _gpu_slots(num_slots, stride_bytes, device)
             if on_gpu
             else Arena(num_slots, stride_bytes)
         )
@@ -122,168 +165,421 @@ class ExpertCache:
         self._in_host = _Tier(
             LayerLru(num_records, num_layers), free=list(range(num_records))[::-1]
         )
+        self._coming: dict[ExpertId, _Fetch] = {}
+        """Reads that no `acquire` under way waits for: prefetches and what `fill` began."""
+        self._leaving: list[_Fetch] = []
+        """Cancelled reads whose place a thread may still be writing to."""
+        self._predicted: deque[ExpertId] = deque()
+        """What is still to be prefetched, the likeliest first."""
+        self._soon: frozenset[ExpertId] = frozenset()
+        """All that was predicted: not to be evicted for something that is wanted later."""
         self._in_use: set[ExpertId] = set()
-        self._wanted: AbstractSet[ExpertId] = frozenset()
+        """Not to be evicted: wanted by the layer that is being computed, and not computed yet."""
+        self._demoted_unused: set[ExpertId] = set()
+        self._layer_s = 0.0
+        self._layer_began = 0.0
+        self._disk_seen = (0, 0.0)
 
-    def slot(self, index: int) -> torch.Tensor:
-        """The record in slot `index`: uint8, shape (stride_bytes,), a view."""
-        return self._slots[index]
+    def acquire(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        rows: Sequence[int] | None = None,
+        still_wanted: Callable[[int], bool] = _always,
+    ) -> Generator[Held, None, None]:
+        """Yields every expert of `experts` once, those at hand first.
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-        """Yields groups of (expert, slot) until every expert of `experts` was in one group.
-
-        Resident experts come first, in one group, while misses are already being read from disk
-        (those in host memory are copied before: the copy is this thread's work). The slots of a
-        group are the caller's until it asks for the next one. Close the generator to give up:
-        reads that were only for it are cancelled.
+        Misses are being read from disk meanwhile and are yielded as they arrive. Close the
+        generator to give up: reads that were only for it are cancelled.
 
         Args:
             layer: The layer they belong to.
             experts: Distinct expert numbers.
+            rows: How many rows each of them will compute; one each if None.
+            still_wanted: Asked, while the disk is being waited for, whether an expert's result is
+                still of use; the read of one that is not is cancelled.
 
         Raises:
-            MoeServerError: An expert could not be read. The cache stays consistent and usable.
+            MoeServerError: An expert could not be read: here, or while arrivals are awaited. The
+                cache stays consistent and usable.
         """
         wanted = [ExpertId(layer, expert) for expert in experts]
-        self._wanted = frozenset(wanted)
+        num_rows = dict(zip(wanted, rows or [1] * len(wanted), strict=True))
+        self._time_layer()
+        self._settle(layer, num_rows)
         hits = [expert for expert in wanted if expert in self._on_device.places]
-        missing = deque(expert for expert in wanted if expert not in self._on_device.places)
+        host_hits = [expert for expert in wanted if expert in self._in_host.places]
+        under_way = [self._claim(expert) for expert in wanted if expert in self._coming]
+        known = {*hits, *host_hits, *(fetch.expert for fetch in under_way)}
+        missing = deque(expert for expert in wanted if expert not in known)
+        self._in_use.update(wanted)
         self.counters.device_hits += len(hits)
+        self.counters.host_hits += len(host_hits)
+        self.counters.disk_reads += len(missing) + len(under_way)
         for expert in hits:
             self._on_device.policy.touch(expert)
-        self._in_use.update(hits)
-        under_way: list[_Fetch] = []
         try:
-            if hits:
-                self._start_fetches(missing, under_way)
-                yield [(expert.expert, self._on_device.places[expert]) for expert in hits]
-                self._in_use.difference_update(hits)
+            self._start_fetches(missing, under_way)
+            self._prefetch()
+            for expert in hits:
+                yield self._held(expert, self._slots[self._on_device.places[expert]])
+                self._done_with(expert, missing, under_way)
+            for expert in host_hits:
+                yield self._held(expert, self._bring_from_host(expert, num_rows[expert]))
+                self._done_with(expert, missing, under_way)
             while missing or under_way:
                 self._start_fetches(missing, under_way)
                 fetch = _first_done(under_way)
+                held = self._held_while_arriving(fetch, num_rows[fetch.expert], still_wanted)
+                yield held
                 under_way.remove(fetch)
-                self._finish_fetch(fetch)
-                self._in_use.add(fetch.expert)
-                yield [(fetch.expert.expert, fetch.slot)]
-                self._in_use.discard(fetch.expert)
+                if held.dropped:
+                    self._give_up(fetch)
+                else:
+                    self._finish(fetch)
+                self._done_with(fetch.expert, missing, under_way)
         finally:
             self._in_use.clear()
-            self._wanted = frozenset()
             self._abandon(under_way)
 
-    def resident_bytes(self) -> tuple[int, int]:
-        """Bytes of the records held on the device and in host memory."""
-        return (
-            len(self._on_device.places) * self._stride_bytes,
-            len(self._in_host.places) * self._stride_bytes,
-        )
+    def predict(self, layer: int, experts: Iterable[int]) -> None:
+        """Names what a later layer will probably want, the likeliest first.
+
+        They are read when no demand read waits, within a budget of what the disk brings in the time
+        of one layer, and only into places whose experts are wanted later.
+        """
+        self._predicted = deque(ExpertId(layer, expert) for expert in experts)
+        self._soon = frozenset(self._predicted)
+
+    def fill(self, experts: Iterable[ExpertId]) -> None:
+        """Begins to read experts into free places that reads can reach; does not wait.
+
+        Args:
+            experts: In order of preference; those that find no place are left out.
+        """
+        for expert in experts:
+            if self._is_near(expert):
+                continue
+            tiers = (self._in_host,) if self._staging.count else (self._on_device, self._in_host)
+            tier = next((tier for tier in tiers if tier.free), None)
+            if tier is None:
+                return
+            self._coming[expert] = self._read(expert, tier, tier.free.pop(), Priority.PREFETCH)
+
+    def wait_filled(self, progress: Callable[[int], None]) -> None:
+        """Blocks until everything that `fill` began has arrived.
+
+        Args:
+            progress: Called with the bytes that arrived so far, now and then.
+
+        Raises:
+            MoeServerError: A read failed.
+        """
+        begun = list(self._coming.values())
+        for number, fetch in enumerate(begun):
+            fetch.ticket.wait()
+            self._finish(self._coming.pop(fetch.expert))
+            progress((number + 1) * self._stride_bytes)
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; for tests and idle moments."""
-        for tier, count in ((self._on_device, self._num_slots), (self._in_host, self._host.count)):
-            places = [*tier.places.values(), *tier.free]
+        under_way = [*self._coming.values(), *self._leaving]
+        for tier, count in ((self._on_device, self._num_slots), (self._in_host, self.host.count)):
+            coming = [fetch.place for fetch in under_way if fetch.tier is tier]
+            places = [*tier.places.values(), *tier.free, *coming]
             assert sorted(places) == list(range(count)), f"places of {count}: {sorted(places)}"
             assert len(tier.policy) == len(tier.places), "policy and places disagree"
             assert all(expert in tier.policy for expert in tier.places), (
                 "policy and places disagree"
             )
         twice = self._on_device.places.keys() & self._in_host.places.keys()
+        twice |= self._coming.keys() & (self._on_device.places.keys() | self._in_host.places.keys())
         assert not twice, f"in two tiers: {twice}"
         assert not self._in_use, f"still in use: {self._in_use}"
-        staging = self._staging.count if self._staging else 0
-        assert len(self._free_staging) == staging, "a staging record is lost"
+        assert self._demoted_unused <= self._in_host.places.keys()
+        staged = [fetch.staging for fetch in under_way if fetch.staging is not None]
+        assert len(self._free_staging) + len(staged) == self._staging.count, "staging is lost"
+
+    # Yielding
+
+    def _held(self, expert: ExpertId, memory: "torch.Tensor") -> Held:
+        return Held(expert.expert, memory, iter((self._stride_bytes,)))
+
+    def _held_while_arriving(
+        self, fetch: _Fetch, rows: int, still_wanted: Callable[[int], bool]
+    ) -> Held:
+        if fetch.staging is not None:
+            return self._held_when_staged(fetch, rows, still_wanted)
+        arena = self._slots if fetch.tier is self._on_device else self.host
+        held = Held(fetch.expert.expert, arena[fetch.place], iter(()))
+        held.arrivals = self._arrivals(fetch, held, still_wanted)
+        return held
+
+    def _held_when_staged(
+        self, fetch: _Fetch, rows: int, still_wanted: Callable[[int], bool]
+    ) -> Held:
+        """On a GPU the record is copied from its staging memory, or computed there."""
+        assert fetch.staging is not None
+        held = Held(fetch.expert.expert, self._staging[fetch.staging], iter(()))
+        for _ in self._arrivals(fetch, held, still_wanted):
+            pass
+        if not held.dropped:
+            held.arrivals = iter((self._stride_bytes,))
+            # It goes to its slot in any case; whether the rows wait for that is a matter of cost.
+            if self.cost.copy_pays(rows, self._stride_bytes):
+                self._copy(self._staging[fetch.staging], self._slots[fetch.place])
+                held.memory = self._slots[fetch.place]
+                self._free_staging.append(fetch.staging)
+                fetch.staging = None
+        return held
+
+    def _arrivals(
+        self, fetch: _Fetch, held: Held, still_wanted: Callable[[int], bool]
+    ) -> Iterator[int]:
+        arrived = 0
+        ticket = fetch.ticket
+        while not ticket.complete or arrived < ticket.arrived_bytes:
+            started = time.perf_counter()
+            now = ticket.wait_beyond(arrived, _POLL_S)
+            self.counters.read_s += time.perf_counter() - started
+            if not still_wanted(held.expert):
+                held.dropped = True
+                return
+            if now > arrived:
+                arrived = now
+                yield arrived
+
+    def _done_with(
+        self, expert: ExpertId, missing: deque[ExpertId], under_way: list[_Fetch]
+    ) -> None:
+        """The caller has computed `expert`: its place may be given to another."""
+        self._in_use.discard(expert)
+        self._start_fetches(missing, under_way)
+        if not missing:
+            self._prefetch()
+
+    # From disk
 
     def _start_fetches(self, missing: deque[ExpertId], under_way: list[_Fetch]) -> None:
         """Starts fetching as many of `missing`, in order, as there are places for."""
-        while missing and (self._staging is None or self._free_staging):
-            fetch = self._start_fetch(missing[0])
-            if fetch is None:
+        while missing and (not self._staging.count or self._free_staging):
+            place = self._make_room(missing[0])
+            if place is None:
                 return
-            missing.popleft()
-            under_way.append(fetch)
+            expert = missing.popleft()
+            under_way.append(self._read(expert, self._on_device, place, Priority.DEMAND))
 
-    def _start_fetch(self, expert: ExpertId) -> _Fetch | None:
-        """Gives `expert` a slot, by eviction if need be; None while all slots are in use."""
-        evicted = None
-        if self._on_device.free:
-            slot = self._on_device.free.pop()
+    def _read(self, expert: ExpertId, tier: _Tier, place: int, priority: Priority) -> _Fetch:
+        staging = None
+        if tier is self._in_host:
+            arena, index = self.host, place
+        elif isinstance(self._slots, Arena):
+            arena, index = self._slots, place
         else:
-            evicted = self._on_device.policy.victim(expert, keep=self._in_use)
-            if evicted is None:
-                return None
-            slot = self._on_device.drop(evicted)
-        if expert in self._in_host.places:
-            self._promote(expert, slot, evicted)
-            return _Fetch(expert, slot)
-        if evicted is not None:
-            self._demote(evicted, slot)
-        staging = None if self._staging is None else self._free_staging.pop()
-        target = self.slot(slot) if self._staging is None else self._staging[staging or 0]
-        ticket = self._reader.submit(self._records[expert], target.data_ptr())
-        self.counters.disk_reads += 1
-        self.counters.read_bytes += sum(part.nbytes for part in self._records[expert])
-        return _Fetch(expert, slot, ticket, staging)
+            staging = self._free_staging.pop()
+            arena, index = self._staging, staging
+        ticket = self._reader.submit(
+            self._records[expert], arena.address(index), priority, owner=arena
+        )
+        return _Fetch(expert, tier, place, ticket, staging=staging)
 
-    def _finish_fetch(self, fetch: _Fetch) -> None:
-        """Waits for a fetch and enters the expert; on failure its places are free again."""
-        if fetch.ticket is not None:
-            started = time.perf_counter()
-            try:
+    def _is_near(self, expert: ExpertId) -> bool:
+        """True where an expert is in memory or on its way there."""
+        tiers = (self._on_device.places, self._in_host.places, self._coming)
+        return any(expert in places for places in tiers)
+
+    def _make_room(self, incoming: ExpertId) -> int | None:
+        """A slot for an expert that is wanted now, by eviction if need be; None: all are in use."""
+        self._collect_left()
+        if self._on_device.free:
+            return self._on_device.free.pop()
+        victim = self._on_device.policy.victim(incoming, keep=self._in_use | self._soon)
+        if victim is None:
+            victim = self._on_device.policy.victim(incoming, keep=self._in_use)
+        if victim is not None:
+            return self._evict(victim)
+        # What comes without being wanted yet gives way: the last first, predictions before all.
+        coming = [fetch for fetch in self._coming.values() if fetch.tier is self._on_device]
+        if coming:
+            last = max(reversed(coming), key=lambda fetch: fetch.predicted)
+            self._give_up(self._coming.pop(last.expert))
+        for fetch in self._leaving:
+            with contextlib.suppress(MoeServerError):
                 fetch.ticket.wait()
-            except MoeServerError:
-                self._release(fetch)
-                raise
-            finally:
-                self.counters.read_s += time.perf_counter() - started
+        self._collect_left()
+        return self._on_device.free.pop() if self._on_device.free else None
+
+    def _finish(self, fetch: _Fetch) -> None:
+        """Enters an expert that has arrived; on failure its places are free again."""
+        try:
+            fetch.ticket.wait()
+        except MoeServerError:
+            self._free(fetch)
+            raise
+        self.counters.read_bytes += fetch.ticket.read_bytes
         if fetch.staging is not None:
-            assert self._staging is not None
-            self._copy(self._staging[fetch.staging], self.slot(fetch.slot))
+            self._copy(self._staging[fetch.staging], self._slots[fetch.place])
             self._free_staging.append(fetch.staging)
-        self._on_device.put(fetch.expert, fetch.slot)
+        fetch.tier.put(fetch.expert, fetch.place)
+
+    def _give_up(self, fetch: _Fetch) -> None:
+        """Cancels a read; its place is free once no thread writes to it any more."""
+        fetch.ticket.cancel()
+        self.counters.cancelled += 1
+        self._leaving.append(fetch)
+
+    def _collect_left(self) -> None:
+        for fetch in [one for one in self._leaving if one.ticket.done]:
+            self._leaving.remove(fetch)
+            self._free(fetch)
+
+    def _free(self, fetch: _Fetch) -> None:
+        self.counters.read_bytes += fetch.ticket.read_bytes
+        fetch.tier.free.append(fetch.place)
+        if fetch.staging is not None:
+            self._free_staging.append(fetch.staging)
 
     def _abandon(self, under_way: Sequence[_Fetch]) -> None:
         """Gives up fetches that nobody waits for; keeps what had arrived."""
         for fetch in under_way:
-            if fetch.ticket is not None:
-                fetch.ticket.cancel()
-        for fetch in under_way:
-            with contextlib.suppress(MoeServerError):
-                self._finish_fetch(fetch)
+            if fetch.ticket.complete:
+                self._finish(fetch)
+            else:
+                self._give_up(fetch)
 
-    def _release(self, fetch: _Fetch) -> None:
-        self._on_device.free.append(fetch.slot)
-        if fetch.staging is not None:
-            self._free_staging.append(fetch.staging)
+    # Ahead of the need
 
-    def _promote(self, expert: ExpertId, slot: int, evicted: ExpertId | None) -> None:
+    def _settle(self, layer: int, wanted: Mapping[ExpertId, int]) -> None:
+        """Takes in what has come; gives up what was predicted for this layer and is not wanted."""
+        self._collect_left()
+        self._predicted = deque(expert for expert in self._predicted if expert.layer != layer)
+        self._soon = frozenset(expert for expert in self._soon if expert.layer != layer)
+        for fetch in list(self._coming.values()):
+            if fetch.expert in wanted:
+                continue
+            if fetch.ticket.complete:
+                self._finish(self._coming.pop(fetch.expert))
+            elif fetch.ticket.done or (fetch.predicted and fetch.expert.layer == layer):
+                self._give_up(self._coming.pop(fetch.expert))
+
+    def _claim(self, expert: ExpertId) -> _Fetch:
+        """A prefetch that turns out to be wanted."""
+        fetch = self._coming.pop(expert)
+        self.counters.prefetch_hits += fetch.predicted
+        fetch.ticket.promote()
+        return fetch
+
+    def _prefetch(self) -> None:
+        """Begins reading what is predicted, within the budget."""
+        while self._predicted and self._may_prefetch():
+            expert = self._predicted[0]
+            if not self._is_near(expert):
+                self._collect_left()
+                if self._on_device.free:
+                    place = self._on_device.free.pop()
+                else:
+                    keep = self._in_use | self._soon
+                    victim = self._on_device.policy.victim(expert, keep=keep)
+                    if victim is None:
+                        return
+                    place = self._evict(victim)
+                fetch = self._read(expert, self._on_device, place, Priority.PREFETCH)
+                fetch.predicted = True
+                self._coming[expert] = fetch
+                self.counters.prefetches += 1
+            self._predicted.popleft()
+
+    def _may_prefetch(self) -> bool:
+        """Byte budget: what the disk brings in the time of one layer, and one record at least."""
+        if self._staging.count and not self._free_staging:
+            return False
+        under_way = sum(fetch.predicted for fetch in self._coming.values())
+        disk = self.cost.disk.bytes_per_s or 0.0
+        return under_way < max(1, round(disk * self._layer_s / self._stride_bytes))
+
+    def _time_layer(self) -> None:
+        now = time.perf_counter()
+        nbytes, busy_s = self._reader.speed()
+        if nbytes - self._disk_seen[0] >= _DISK_SAMPLE_BYTES:
+            self.cost.disk.observe(nbytes - self._disk_seen[0], busy_s - self._disk_seen[1])
+            self._disk_seen = (nbytes, busy_s)
+        if self._layer_began:
+            # Idle time between steps is none of a layer's.
+            self._layer_s += 0.1 * (min(now - self._layer_began, 2.0) - self._layer_s)
+        self._layer_began = now
+
+    # Between device and host
+
+    def _bring_from_host(self, expert: ExpertId, rows: int) -> "torch.Tensor":
+        """Where to compute an expert of the host tier: there, or on the device."""
+        if expert in self._demoted_unused:
+            self._demoted_unused.discard(expert)
+            self.cost.observe_fate(used=True)
+        if self.cost.copy_pays(rows, self._stride_bytes):
+            slot = self._promote(expert)
+            if slot is not None:
+                self.cost.copied += 1
+                return self._slots[slot]
+        self.cost.computed_in_place += 1
+        self._in_host.policy.touch(expert)
+        return self.host[self._in_host.places[expert]]
+
+    def _promote(self, expert: ExpertId) -> int | None:
         """Host record -> slot; what was in the slot takes the record, as tiers are exclusive."""
-        record = self._in_host.drop(expert)
-        if evicted is None:
-            self._copy(self._host[record], self.slot(slot))
+        self._collect_left()
+        if self._on_device.free:
+            slot = self._on_device.free.pop()
+            record = self._in_host.drop(expert)
+            self._copy(self.host[record], self._slots[slot])
             self._in_host.free.append(record)
         else:
-            self._exchange(self._host[record], self.slot(slot))
-            self._in_host.put(evicted, record)
-        self.counters.host_hits += 1
+            victim = self._on_device.policy.victim(expert, keep=self._in_use)
+            if victim is None:
+                return None
+            slot = self._on_device.drop(victim)
+            record = self._in_host.drop(expert)
+            self._exchange(self.host[record], self._slots[slot])
+            self._in_host.put(victim, record)
+            self._demoted_unused.add(victim)
+        self._on_device.put(expert, slot)
+        return slot
+
+    def _evict(self, expert: ExpertId) -> int:
+        """Takes an expert off the device: to the host tier if that pays, else it is forgotten."""
+        slot = self._on_device.drop(expert)
+        if self.host.count and self.cost.demotion_pays(self._stride_bytes):
+            self._demote(expert, slot)
+        else:
+            self.cost.forgotten += 1
+        return slot
 
     def _demote(self, expert: ExpertId, slot: int) -> None:
-        """Slot -> host record, if the host tier has one to spare; else the expert is forgotten."""
         if not self._in_host.free:
-            evicted = self._in_host.policy.victim(expert, keep=self._wanted)
+            evicted = self._in_host.policy.victim(expert, keep=self._in_use)
             if evicted is None:
+                self.cost.forgotten += 1
                 return
+            if evicted in self._demoted_unused:
+                self._demoted_unused.discard(evicted)
+                self.cost.observe_fate(used=False)
             self._in_host.free.append(self._in_host.drop(evicted))
         record = self._in_host.free.pop()
-        self._copy(self.slot(slot), self._host[record], counted=False)
+        self._copy(self._slots[slot], self.host[record], counted=False)
         self._in_host.put(expert, record)
+        self._demoted_unused.add(expert)
+        self.cost.demoted += 1
 
-    def _copy(self, source: torch.Tensor, target: torch.Tensor, *, counted: bool = True) -> None:
+    def _copy(
+        self, source: "torch.Tensor", target: "torch.Tensor", *, counted: bool = True
+    ) -> None:
         started = time.perf_counter()
         target.copy_(source)  # blocks on CUDA too: both sides may be reused as soon as it returns
-        self.counters.transfer_s += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self.counters.transfer_s += elapsed
         self.counters.transfer_bytes += self._stride_bytes if counted else 0
+        self.cost.copy.observe(self._stride_bytes, elapsed)
 
-    def _exchange(self, record: torch.Tensor, slot: torch.Tensor) -> None:
+    def _exchange(self, record: "torch.Tensor", slot: "torch.Tensor") -> None:
         """Swaps two experts, piece by piece: a full host tier has no record to set one aside."""
         started = time.perf_counter()
         for start in range(0, self._stride_bytes, _EXCHANGE_BYTES):
@@ -291,12 +587,18 @@ class ExpertCache:
             aside = slot[piece].clone()
             slot[piece].copy_(record[piece])
             record[piece].copy_(aside)
-        self.counters.transfer_s += time.perf_counter() - started
+        elapsed = time.perf_counter() - started
+        self.counters.transfer_s += elapsed
         self.counters.transfer_bytes += self._stride_bytes
+        self.cost.copy.observe(2 * self._stride_bytes, elapsed)
+
+
+def _gpu_slots(count: int, stride_bytes: int, device: str) -> "torch.Tensor":
+    import torch  # noqa: PLC0415  the CPU's arenas are being filled before torch is there
+
+    return torch.empty(count, stride_bytes, dtype=torch.uint8, device=device)
 
 
 def _first_done(under_way: Sequence[_Fetch]) -> _Fetch:
     """The first fetch that has arrived, else the oldest: reads are served in order."""
-    return next(
-        (fetch for fetch in under_way if fetch.ticket is None or fetch.ticket.done), under_way[0]
-    )
+    return next((fetch for fetch in under_way if fetch.ticket.complete), under_way[0])

@@ -1,51 +1,106 @@
-"""Reads byte ranges of files into memory, on threads, past the page cache.
+"""Reads records into memory, on threads, past the page cache.
 
-O_DIRECT, so that weights are never held twice; a file system without it is read buffered and its
-pages are dropped again. A range whose file offset and target are both page-aligned is read straight
-into place; any other goes through a window of whole pages and is copied out of it. Ranges are cut
-into chunks that all threads share, so one large read uses the whole queue depth and a cancelled one
-stops within a chunk.
+A read is cut into blocks that all threads share: one large record uses the whole queue depth, its
+bytes can be used from the front while the rest is on its way, and a cancelled one stops within a
+block. Demand reads go before prefetches; a prefetch that turns out to be wanted is promoted.
 
 Knows files and addresses, no experts. `checkpoint` says which ranges make a record; `cache` waits.
 """
 
+import contextlib
 import ctypes
-import errno
 import mmap
-import os
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from enum import IntEnum
 
 from moe_server.errors import MoeServerError, Reason
+from moe_server.offload.checksum import ChecksumBook
+from moe_server.offload.files import OpenFiles
 from moe_server.offload.layout import PAGE_BYTES, Segment
 from moe_server.offload.pages import map_pages
 
+_ATTEMPTS = 3
+"""A block that fails is read again: the error, or the flipped bit, may have been on the way."""
+_RETRY_S = 0.01
+_PREFETCH_DEPTH = 2
+"""Blocks of prefetches in flight at once: all that a demand read can find before it."""
+
+
+class Priority(IntEnum):
+    """Who goes first."""
+
+    DEMAND = 0
+    """Somebody waits for it."""
+    PREFETCH = 1
+    """Somebody may want it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    segment: Segment
+    start: int
+    """Of the segment."""
+    nbytes: int
+
+    @property
+    def record_end(self) -> int:
+        return self.segment.record_offset + self.start + self.nbytes
+
 
 class ReadTicket:
-    """One read under way. Its target belongs to the reader until `wait` returns or raises."""
+    """One read under way. Its target belongs to the reader until it is `done`."""
 
-    def __init__(self, num_chunks: int) -> None:
-        self._remaining = num_chunks
-        self._lock = threading.Lock()
-        self._finished = threading.Event()
+    def __init__(
+        self, reader: "Reader", blocks: Sequence[_Block], address: int, priority: Priority
+    ) -> None:
+        self._reader = reader
+        self._ends = [block.record_end for block in blocks]
+        self._sizes = [block.nbytes for block in blocks]
+        self._arrived = [False] * len(blocks)
+        self._front = 0
+        """Blocks that have arrived without a gap, from the first one on."""
         self._error: MoeServerError | None = None
-        self._cancelled = False
-        if num_chunks == 0:
-            self._finished.set()
+        # What follows is the reader's, under its lock.
+        self.changed = threading.Condition(reader.lock)
+        self.address = address
+        self.owner: object = None
+        self.priority = priority
+        self.pending = deque(enumerate(blocks))
+        self.in_flight = 0
 
     @property
     def done(self) -> bool:
         """True once no thread will touch the target any more."""
-        return self._finished.is_set()
+        return not self.pending and not self.in_flight
+
+    @property
+    def complete(self) -> bool:
+        """True once everything has arrived."""
+        return self._front == len(self._ends)
+
+    @property
+    def arrived_bytes(self) -> int:
+        """The record's first bytes that are there, up to the first gap."""
+        return self._ends[self._front - 1] if self._front else 0
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that were read, wherever in the record they lie."""
+        return sum(
+            size for size, arrived in zip(self._sizes, self._arrived, strict=True) if arrived
+        )
 
     def cancel(self) -> None:
-        """Skips the chunks that have not begun; follow with `wait` before the target is reused."""
-        with self._lock:
-            # A read that has ended keeps its result.
-            self._cancelled |= self._remaining > 0
+        """Drops what is not being read yet; `wait` before the target is used for anything else."""
+        self._reader.drop(self)
+
+    def promote(self) -> None:
+        """Makes a prefetch a demand read."""
+        self._reader.promote(self)
 
     def wait(self) -> None:
         """Blocks until the read ended.
@@ -54,50 +109,88 @@ class ReadTicket:
             MoeServerError: The file could not be read, or the read was cancelled on its way; the
                 target's content is undefined.
         """
-        self._finished.wait()
+        with self.changed:
+            while not self.done:
+                self.changed.wait()
+        self._raise_if_failed()
+
+    def wait_beyond(self, nbytes: int, timeout_s: float) -> int:
+        """Blocks until more than the record's first `nbytes` are there, or the time is over.
+
+        Returns:
+            How many of the record's first bytes are there.
+
+        Raises:
+            MoeServerError: As for `wait`, as soon as it is known that they never will be.
+        """
+        with self.changed:
+            if self.arrived_bytes <= nbytes and not self.done:
+                self.changed.wait(timeout_s)
+        if not self.complete and (self._error is not None or self.done):
+            self.wait()
+        return self.arrived_bytes
+
+    def block_ended(self, index: int, error: MoeServerError | None) -> None:
+        """Called by the reader's threads, under the lock."""
+        self.in_flight -= 1
+        if error is None:
+            self._arrived[index] = True
+            while self._front < len(self._ends) and self._arrived[self._front]:
+                self._front += 1
+        else:
+            self._error = self._error or error
+            self.pending.clear()
+        self.changed.notify_all()
+
+    def _raise_if_failed(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._cancelled:
+        if not self.complete:
             raise MoeServerError("The read was cancelled.", reason=Reason.UNAVAILABLE)
 
-    @property
-    def wanted(self) -> bool:
-        """False once the rest of it need not be read."""
-        return not self._cancelled and self._error is None
 
-    def chunk_done(self, error: MoeServerError | None) -> None:
-        """Called by the reader's threads, once for every chunk."""
-        with self._lock:
-            self._error = self._error or error
-            self._remaining -= 1
-            if self._remaining == 0:
-                self._finished.set()
+@dataclass(slots=True)
+class ReadCounters:
+    """What the disk did since the start."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    ticket: ReadTicket
-    file: Path
-    file_offset: int
-    nbytes: int
-    address: int
+    bytes: int = 0
+    busy_s: float = 0.0
+    """Seconds in which at least one block was in flight: bytes / busy_s is the disk's speed."""
+    retries: int = 0
+    """Blocks that were read again after an error."""
+    mismatches: int = 0
+    """Blocks whose checksum was wrong."""
 
 
 class Reader:
-    """A queue of reads and the threads that serve it, first come first served.
+    """Two queues of reads and the threads that serve them.
 
     Args:
-        num_threads: Reads in flight.
-        chunk_bytes: Size of one read, a multiple of the page size.
+        num_threads: Most blocks in flight.
+        block_bytes: Largest block, a multiple of the page size and of the pieces of `book`.
+        book: Checksums to hold blocks to.
     """
 
-    def __init__(self, num_threads: int, chunk_bytes: int) -> None:
-        assert chunk_bytes % PAGE_BYTES == 0
-        self._chunk_bytes = chunk_bytes
-        self._files = _OpenFiles()
-        self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+    def __init__(
+        self, num_threads: int, block_bytes: int, book: ChecksumBook | None = None
+    ) -> None:
+        self.counters = ReadCounters()
+        self.lock = threading.Lock()
+        self.depth = num_threads
+        """Blocks in flight at most; may be lowered and raised again up to the number of threads."""
+        self.block_bytes = block_bytes
+        """Size of a block, for reads that are submitted from now on; at most the constructor's."""
+        self.book = book or ChecksumBook()
+        assert block_bytes % PAGE_BYTES == 0
+        assert self.book.is_empty or block_bytes % self.book.piece_bytes == 0
+        self._files = OpenFiles()
+        self._queues: dict[Priority, deque[ReadTicket]] = {one: deque() for one in Priority}
+        self._work = threading.Condition(self.lock)
+        self._in_flight = dict.fromkeys(Priority, 0)
+        self._busy_since = 0.0
+        self._closing = False
         # One page more on either side: an unaligned range reaches into its neighbours' pages.
-        windows = [map_pages(chunk_bytes + 2 * PAGE_BYTES) for _ in range(num_threads)]
+        windows = [map_pages(block_bytes + 2 * PAGE_BYTES) for _ in range(num_threads)]
         self._threads = [
             threading.Thread(target=self._serve, args=[window], name=f"reader-{index}", daemon=True)
             for index, window in enumerate(windows)
@@ -105,115 +198,163 @@ class Reader:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, segments: Sequence[Segment], address: int) -> ReadTicket:
-        """Starts reading `segments` to `address`; the memory must stay valid until the end."""
-        chunks = [
-            (segment, start, min(self._chunk_bytes, segment.nbytes - start))
-            for segment in segments
-            for start in range(0, segment.nbytes, self._chunk_bytes)
+    def submit(
+        self,
+        segments: Sequence[Segment],
+        address: int,
+        priority: Priority = Priority.DEMAND,
+        owner: object = None,
+    ) -> ReadTicket:
+        """Starts reading.
+
+        Args:
+            segments: What to read.
+            address: Where the record begins in memory.
+            priority: Who goes first.
+            owner: Owns that memory; kept alive until the read has ended.
+        """
+        blocks = [
+            _Block(segment, start, min(self.block_bytes, segment.nbytes - start))
+            for segment in sorted(segments, key=lambda segment: segment.record_offset)
+            for start in range(0, segment.nbytes, self.block_bytes)
         ]
-        ticket = ReadTicket(len(chunks))
-        for segment, start, nbytes in chunks:
-            target = address + segment.record_offset + start
-            self._queue.put(
-                _Chunk(ticket, segment.file, segment.file_offset + start, nbytes, target)
-            )
+        ticket = ReadTicket(self, blocks, address, priority)
+        ticket.owner = owner
+        if blocks:
+            with self.lock:
+                self._queues[priority].append(ticket)
+                self._work.notify(len(blocks))
         return ticket
+
+    def promote(self, ticket: ReadTicket) -> None:
+        """Moves a ticket to the end of the demand queue, if it is not there."""
+        with self.lock:
+            if ticket.priority is Priority.DEMAND:
+                return
+            with contextlib.suppress(ValueError):  # it is no longer queued
+                self._queues[ticket.priority].remove(ticket)
+                self._queues[Priority.DEMAND].append(ticket)
+            # Its blocks in flight are demand now, too: they hold no prefetch back.
+            self._in_flight[ticket.priority] -= ticket.in_flight
+            self._in_flight[Priority.DEMAND] += ticket.in_flight
+            ticket.priority = Priority.DEMAND
+            self._work.notify_all()
+
+    def drop(self, ticket: ReadTicket) -> None:
+        """Forgets the blocks of a ticket that have not begun."""
+        with self.lock:
+            ticket.pending.clear()
+            with contextlib.suppress(ValueError):
+                self._queues[ticket.priority].remove(ticket)
+            ticket.changed.notify_all()
+
+    def speed(self) -> tuple[int, float]:
+        """Bytes read so far, and the seconds in which at least one block was in flight."""
+        with self.lock:
+            under_way = (
+                time.perf_counter() - self._busy_since if any(self._in_flight.values()) else 0.0
+            )
+            return self.counters.bytes, self.counters.busy_s + under_way
+
+    @property
+    def buffered_files(self) -> int:
+        """Open files whose file system has no O_DIRECT: reading them costs a copy."""
+        return len(self._files.buffered)
 
     def close(self) -> None:
         """Ends the threads after the reads that are queued."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self.lock:
+            self._closing = True
+            self._work.notify_all()
         for thread in self._threads:
             thread.join()
         self._files.close()
 
     def _serve(self, window: mmap.mmap) -> None:
-        while (chunk := self._queue.get()) is not None:
-            error = None
-            if chunk.ticket.wanted:
-                try:
-                    self._read(chunk, window)
-                except OSError as failure:
-                    error = _read_error(chunk.file, failure.strerror or str(failure))
-                except Exception as failure:  # noqa: BLE001  a dead thread would leave waiters
-                    error = _read_error(chunk.file, str(failure))
-            chunk.ticket.chunk_done(error)
+        while True:
+            with self._work:
+                while (taken := self._take()) is None:
+                    if self._closing and not any(self._queues.values()):
+                        return
+                    self._work.wait()
+            ticket, index, block = taken
+            error = self._attempt(ticket, block, window)
+            with self._work:
+                self._end(ticket, index, block, error)
 
-    def _read(self, chunk: _Chunk, window: mmap.mmap) -> None:
-        file = self._files.get(chunk.file)
-        aligned = (chunk.file_offset | chunk.nbytes | chunk.address) % PAGE_BYTES == 0
-        if aligned or not file.direct:
-            target = (ctypes.c_char * chunk.nbytes).from_address(chunk.address)
-            _read_fully(file, memoryview(target), chunk.file_offset, chunk.nbytes)
-        else:
-            lead = chunk.file_offset % PAGE_BYTES
-            first_page = chunk.file_offset - lead
-            length = -(-(lead + chunk.nbytes) // PAGE_BYTES) * PAGE_BYTES
-            view = memoryview(window)[:length]
-            _read_fully(file, view, first_page, lead + chunk.nbytes)
-            source = ctypes.addressof(ctypes.c_char.from_buffer(window))
-            ctypes.memmove(chunk.address, source + lead, chunk.nbytes)  # releases the GIL
-        if not file.direct:
-            os.posix_fadvise(
-                file.descriptor, chunk.file_offset, chunk.nbytes, os.POSIX_FADV_DONTNEED
-            )
+    def _take(self) -> tuple[ReadTicket, int, _Block] | None:
+        """The next block; None while there is none or enough are in flight. Under the lock."""
+        in_flight = sum(self._in_flight.values())
+        if in_flight >= self.depth:
+            return None
+        for priority, queue in self._queues.items():
+            most = self.depth if priority is Priority.DEMAND else _PREFETCH_DEPTH
+            if not queue or self._in_flight[priority] >= most:
+                continue
+            ticket = queue[0]
+            index, block = ticket.pending.popleft()
+            if not ticket.pending:
+                queue.popleft()
+            if in_flight == 0:
+                self._busy_since = time.perf_counter()
+            ticket.in_flight += 1
+            self._in_flight[priority] += 1
+            return ticket, index, block
+        return None
 
+    def _end(
+        self, ticket: ReadTicket, index: int, block: _Block, error: MoeServerError | None
+    ) -> None:
+        """Enters a block that was read. Under the lock."""
+        self._in_flight[ticket.priority] -= 1
+        self.counters.bytes += block.nbytes if error is None else 0
+        if not any(self._in_flight.values()):
+            self.counters.busy_s += time.perf_counter() - self._busy_since
+        ticket.block_ended(index, error)
+        if error is not None:
+            with contextlib.suppress(ValueError):
+                self._queues[ticket.priority].remove(ticket)
+        if any(self._queues.values()):
+            self._work.notify()
+        elif self._closing:
+            self._work.notify_all()
 
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
-    descriptor: int
-    direct: bool
+    def _attempt(
+        self, ticket: ReadTicket, block: _Block, window: mmap.mmap
+    ) -> MoeServerError | None:
+        """Reads a block, a few times if need be; what was wrong with the last."""
+        segment = block.segment
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                self.counters.retries += 1
+                time.sleep(_RETRY_S)
+            try:
+                self._read(ticket.address, block, window)
+            except OSError as failure:
+                what = failure.strerror or str(failure)
+            except EOFError as failure:
+                what = str(failure)
+                break
+            except Exception as failure:  # noqa: BLE001  a dead thread would leave waiters
+                what = repr(failure)
+                break
+            else:
+                return None
+        return MoeServerError(
+            f"Reading {segment.file} failed: {what}.",
+            "Check the disk and the file, then try again.",
+            reason=Reason.UNAVAILABLE,
+        )
 
-
-def _read_fully(file: _OpenFile, target: memoryview, offset: int, needed: int) -> None:
-    """Fills at least `needed` bytes of `target`; a read may come back short at any point."""
-    # O_DIRECT goes on at a page boundary; what came of a partial page is read again.
-    step = PAGE_BYTES if file.direct else 1
-    done = 0
-    while (count := os.preadv(file.descriptor, [target[done:]], offset + done)) < needed - done:
-        come_to = (done + count) // step * step
-        if come_to <= done:
-            size = os.fstat(file.descriptor).st_size
-            raise EOFError(f"it ends at byte {size}, expected {offset + needed}")
-        done = come_to
-
-
-class _OpenFiles:
-    """Descriptors by path, kept open: a file that is deleted under the server can still be read."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, _OpenFile] = {}
-        self._lock = threading.Lock()
-
-    def get(self, path: Path) -> _OpenFile:
-        with self._lock:
-            if path not in self._open:
-                self._open[path] = _open(path)
-            return self._open[path]
-
-    def close(self) -> None:
-        for file in self._open.values():
-            os.close(file.descriptor)
-        self._open.clear()
-
-
-def _open(path: Path) -> _OpenFile:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        # No read-ahead: it would bring pages after they were dropped, for good.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        return _OpenFile(descriptor, direct=False)
-    return _OpenFile(descriptor, direct=True)
-
-
-def _read_error(file: Path, what: str) -> MoeServerError:
-    return MoeServerError(
-        f"Reading {file} failed: {what}.",
-        "Check the disk and the file, then try again.",
-        reason=Reason.UNAVAILABLE,
-    )
+    def _read(self, address: int, block: _Block, window: mmap.mmap) -> None:
+        segment = block.segment
+        offset = segment.file_offset + block.start
+        target = address + segment.record_offset + block.start
+        self._files.get(segment.file).read_into(target, offset, block.nbytes, window)
+        if self.book.is_empty:
+            return
+        content = memoryview((ctypes.c_char * block.nbytes).from_address(target)).cast("B")
+        wrong = self.book.mismatch(segment.file, offset, content)
+        if wrong is not None:
+            self.counters.mismatches += 1
+            raise OSError(f"the checksum of the bytes from {wrong} on does not match")

@@ -11,6 +11,7 @@ from moe_server.config import load_config
 from moe_server.engine import Engine
 from moe_server.messages import Sampling, Submit, TokenEvent
 from moe_server.warmup.preload import preload
+from moe_server.weights import Weights
 
 
 @contextmanager
@@ -20,7 +21,9 @@ def running_engine(path: Path, **flags: Any) -> Iterator[Engine]:
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(path)
     plan = plan_memory(config, checkpoint)
-    engine = Engine(config, checkpoint, plan)
+    weights = Weights(config, checkpoint, plan)
+    weights.begin()
+    engine = Engine(config, plan, weights)
     preload(engine, config, plan, lambda progress: None)
     try:
         yield engine

@@ -234,9 +234,9 @@ def test_timings_tell_queue_prefill_and_decode_apart(engine, monkeypatch):
     clock = Clock(monkeypatch)
     forward = engine.model.forward
 
-    def slow_forward(batch):
+    def slow_forward(batch, poll):
         clock.now += 2.0
-        return forward(batch)
+        return forward(batch, poll)
 
     monkeypatch.setattr(engine.model, "forward", slow_forward)
     submit(engine, new_tokens=3)
@@ -340,7 +340,8 @@ def test_a_read_failure_fails_the_step_s_requests_and_no_others(
 def test_reads_that_fail_now_and_then_never_give_wrong_tokens(path, expected, monkeypatch):
     with running_engine(path, device_memory="min", host_memory=300_000) as engine:
         disk = Disk(monkeypatch)
-        disk.fails = lambda call: call % 97 == 0
+        # Longer than a block is tried again.
+        disk.fails = lambda call: call % 97 < 9
         answers, failures = [], 0
         for request_id in range(40):
             submit(engine, request_id, PROMPT, new_tokens=3)
@@ -379,9 +380,9 @@ def test_a_config_that_transformers_refuses_is_the_users_to_mend(
 def test_logits_that_are_not_finite_end_their_own_request_only(engine, expected, monkeypatch):
     sample_from = engine.model.forward
 
-    def overflowing(batch):
+    def overflowing(batch, poll):
         with torch.inference_mode():
-            logits = sample_from(batch).clone()
+            logits = sample_from(batch, poll).clone()
             logits[0, 3] = torch.nan
         return logits
 

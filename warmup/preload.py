@@ -1,7 +1,8 @@
 """The engine's half of a start: dense weights, then every expert once, reported byte by byte.
 
-Runs in the engine process before its first step, on the engine's own objects. What it proves is
-that every byte can be read and every expert computed; how fast requests then are is for the probes.
+Runs in the engine process before its first step, on the engine's own objects; reading was begun
+before, while libraries were imported. What it proves is that every byte can be read and every
+expert computed; how fast requests then are is for the probes.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ class Report(Protocol):
 def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) -> None:
     """Loads the dense weights and touches every expert.
 
-    Experts are touched in the order of layers; with more experts than slots every layer ends with
-    its share of them on the device.
+    Experts that have a place are read first, in the order they lie on disk, then all are touched in
+    the order of layers; with more experts than slots every layer ends with its share of them.
 
     Raises:
         MoeServerError: A read failed.
@@ -40,7 +41,7 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
         said(0)
         return said
 
-    engine.model.load_dense(engine.reader, progress(0, checkpoint.dense_bytes))
+    engine.model.load_dense(progress(0, checkpoint.dense_bytes))
     if config.dense_backend == "zero3":
         engine.model.use_zero3(config.zero3_config)
     touched = progress(1, experts_total)

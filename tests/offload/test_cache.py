@@ -11,8 +11,10 @@ import torch
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.cache import ExpertCache
+from moe_server.offload.cost import CostModel
 from moe_server.offload.layout import PAGE_BYTES, ExpertId, Segment
-from moe_server.offload.reader import Reader
+from moe_server.offload.reader import Priority, Reader
+from tests.offload.test_reader import Gate
 
 NUM_LAYERS, NUM_EXPERTS = 3, 5
 TOTAL = NUM_LAYERS * NUM_EXPERTS
@@ -69,9 +71,9 @@ class Tickets(Reader):
         super().__init__(2, PAGE_BYTES)
         self.submitted = []
 
-    def submit(self, segments, address):
-        ticket = super().submit(segments, address)
-        self.submitted.append((segments, ticket))
+    def submit(self, *args, **kwargs):
+        ticket = super().submit(*args, **kwargs)
+        self.submitted.append((args[0], ticket))
         return ticket
 
 
@@ -93,7 +95,27 @@ def reader():
     reader.close()
 
 
-def make_cache(shards: Shards, reader: Reader, num_slots: int, num_records: int) -> ExpertCache:
+class Prices(CostModel):
+    """A cost model whose answers the test gives."""
+
+    def __init__(self, *, copy: bool, demote: bool) -> None:
+        super().__init__(shared_memory=False)
+        self.answers = (copy, demote)
+
+    def copy_pays(self, rows, nbytes):
+        return self.answers[0]
+
+    def demotion_pays(self, nbytes):
+        return self.answers[1]
+
+
+COPY, IN_PLACE = Prices(copy=True, demote=True), Prices(copy=False, demote=True)
+FORGET = Prices(copy=False, demote=False)
+
+
+def make_cache(
+    shards: Shards, reader: Reader, num_slots: int, num_records: int, prices: CostModel = COPY
+) -> ExpertCache:
     return ExpertCache(
         shards.records,
         num_layers=NUM_LAYERS,
@@ -101,8 +123,9 @@ def make_cache(shards: Shards, reader: Reader, num_slots: int, num_records: int)
         num_records=num_records,
         num_staging=0,
         stride_bytes=STRIDE_BYTES,
-        device=torch.device("cpu"),
+        device="cpu",
         reader=reader,
+        cost=prices,
     )
 
 
@@ -121,7 +144,6 @@ def tell(cache: ExpertCache) -> tuple[int, ...]:
         counters.host_hits,
         counters.disk_reads,
         counters.transfer_bytes,
-        counters.read_bytes,
     )
 
 
@@ -131,28 +153,20 @@ def acquire(cache: ExpertCache, shards: Shards, layer: int, experts: list[int]) 
     hits = wanted & on_device(cache)
     host_hits = wanted & in_host(cache)
     misses = len(wanted) - len(hits) - len(host_hits)
-    before = tell(cache)
+    before, copied = tell(cache), cache.cost.copied
     yielded = []
-    for number, group in enumerate(cache.acquire(layer, experts)):
-        assert group
-        numbers = [expert for expert, _ in group]
-        if hits and number == 0:
-            assert {ExpertId(layer, expert) for expert in numbers} == hits
-        yielded += numbers
-        assert len({slot for _, slot in group}) == len(group), "two experts in one slot"
+    for held in cache.acquire(layer, experts):
+        arrived = list(held.arrivals)
+        assert arrived == sorted(set(arrived)), "arrivals do not grow"
+        yielded.append(held.expert)
         # Twice: reads under way must not touch slots that are the caller's.
         for _ in range(2):
-            for expert, slot in group:
-                shards.assert_in(cache.slot(slot), ExpertId(layer, expert))
+            shards.assert_in(held.memory, ExpertId(layer, held.expert))
+    assert {ExpertId(layer, expert) for expert in yielded[: len(hits)]} == hits
     assert sorted(yielded) == sorted(experts), "each expert once"
     cache.check_integrity()
-    expected = (
-        len(hits),
-        len(host_hits),
-        misses,
-        len(host_hits) * STRIDE_BYTES,
-        misses * RECORD_BYTES,
-    )
+    moved = (cache.cost.copied - copied) * STRIDE_BYTES
+    expected = (len(hits), len(host_hits), misses, moved)
     assert tuple(now - then for now, then in zip(tell(cache), before, strict=True)) == expected
 
 
@@ -166,28 +180,155 @@ SIZES = [(1, 0), (1, 1), (2, 0), (2, 3), (4, 1), (5, 4), (7, 8), (14, 1), (15, 0
 
 
 @pytest.mark.parametrize(("num_slots", "num_records"), SIZES)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("prices", [COPY, IN_PLACE, FORGET], ids=["copy", "in place", "forget"])
 def test_every_slot_holds_its_expert_when_it_is_yielded(
-    shards, reader, num_slots, num_records, seed
+    shards, reader, num_slots, num_records, prices
 ):
-    cache = make_cache(shards, reader, num_slots, num_records)
-    choose = random.Random(seed)
+    cache = make_cache(shards, reader, num_slots, num_records, prices)
+    choose = random.Random(num_slots)
     for _ in range(60):
         acquire(cache, shards, *some_experts(choose))
-        device, host = cache.resident_bytes()
-        assert device == len(on_device(cache)) * STRIDE_BYTES
-        assert host == len(in_host(cache)) * STRIDE_BYTES
         for expert, place in cache._in_host.places.items():
-            shards.assert_in(cache._host[place], expert)
+            shards.assert_in(cache.host[place], expert)
     # Full: nothing is evicted before there is need.
     assert len(on_device(cache)) == num_slots
+    assert cache.counters.read_bytes == cache.counters.disk_reads * RECORD_BYTES
+
+
+@pytest.mark.parametrize(("num_slots", "num_records"), SIZES)
+@pytest.mark.parametrize("seed", range(3))
+def test_predictions_right_or_wrong_change_no_result(shards, reader, num_slots, num_records, seed):
+    prices = (COPY, IN_PLACE, FORGET)[seed]
+    cache = make_cache(shards, reader, num_slots, num_records, prices)
+    cache.cost.disk.observe(2**30, 1.0)
+    choose = random.Random(seed)
+    for number in range(150):
+        layer = number % NUM_LAYERS
+        experts = choose.sample(range(NUM_EXPERTS), choose.randint(1, NUM_EXPERTS))
+        wanted = {ExpertId(layer, expert) for expert in experts}
+        cache.predict((layer + 1) % NUM_LAYERS, choose.sample(range(NUM_EXPERTS), 3))
+        yielded = []
+        for held in cache.acquire(layer, experts):
+            for _ in held.arrivals:
+                pass
+            for _ in range(2):
+                shards.assert_in(held.memory, ExpertId(layer, held.expert))
+            yielded.append(ExpertId(layer, held.expert))
+        assert sorted(yielded) == sorted(wanted)
+        cache.check_integrity()
+    counters = cache.counters
+    assert counters.device_hits + counters.host_hits + counters.disk_reads > 0
+    if num_slots in range(3, 15):
+        assert counters.prefetches > counters.prefetch_hits > 0
+
+
+def test_what_was_predicted_is_on_its_way_before_it_is_wanted(shards, reader):
+    cache = make_cache(shards, reader, num_slots=4, num_records=0)
+    cache.predict(1, [3])
+    acquire(cache, shards, 0, [0])
+    segments, ticket = reader.submitted[-1]
+    assert segments == shards.records[ExpertId(1, 3)]
+    assert ticket.priority is Priority.PREFETCH
+    groups = cache.acquire(1, [3])
+    held = next(groups)
+    assert ticket.priority is Priority.DEMAND
+    assert list(held.arrivals)
+    shards.assert_in(held.memory, ExpertId(1, 3))
+    assert len(reader.submitted) == 2
+    assert cache.counters.prefetch_hits == 1
+
+
+def test_a_wrong_prediction_leaves_its_place(shards, reader, monkeypatch):
+    cache = make_cache(shards, reader, num_slots=2, num_records=0)
+    acquire(cache, shards, 0, [0])
+    gate = Gate(monkeypatch)
+    cache.predict(1, [3])
+    for held in cache.acquire(0, [0]):
+        shards.assert_in(held.memory, ExpertId(0, 0))
+    gate.await_call()
+    [_, (_, wrong)] = reader.submitted
+    gate.opened.set()
+    acquire(cache, shards, 1, [2])
+    assert wrong.done
+    assert not wrong.complete
+    assert cache.counters.cancelled == 1
+    assert cache.counters.read_bytes < 3 * RECORD_BYTES
+
+
+def test_a_prediction_never_takes_a_place_that_is_needed_sooner(shards, reader):
+    cache = make_cache(shards, reader, num_slots=3, num_records=0)
+    acquire(cache, shards, 0, [0, 1])
+    acquire(cache, shards, 1, [0])
+    cache.predict(1, [0, 1])
+    groups = cache.acquire(0, [0, 1])
+    next(groups)
+    # Both experts of layer 0 are in use and the one of layer 1 is predicted itself.
+    assert len(reader.submitted) == 3
+    groups.close()
+
+
+@pytest.mark.parametrize(("num_slots", "num_records"), [(1, 0), (3, 4), (6, 2), (15, 0), (2, 13)])
+def test_filling_brings_what_has_a_place_and_hinders_nobody(shards, reader, num_slots, num_records):
+    cache = make_cache(shards, reader, num_slots, num_records, IN_PLACE)
+    cache.fill(EXPERTS)
+    cache.check_integrity()
+    choose = random.Random(0)
+    for _ in range(5):
+        layer, experts = some_experts(choose)
+        for held in cache.acquire(layer, experts):
+            assert list(held.arrivals)
+            shards.assert_in(held.memory, ExpertId(layer, held.expert))
+        cache.check_integrity()
+    seen = []
+    cache.wait_filled(seen.append)
+    cache.check_integrity()
+    assert seen == sorted(seen)
+    assert not cache._coming
+    for _ in range(20):
+        acquire(cache, shards, *some_experts(choose))
+
+
+def test_filled_experts_are_there(shards, reader):
+    cache = make_cache(shards, reader, 4, 3, IN_PLACE)
+    cache.fill(EXPERTS)
+    cache.wait_filled(lambda _: None)
+    assert on_device(cache) | in_host(cache) == set(EXPERTS[:7])
+    assert len(reader.submitted) == 7
+
+
+def test_a_read_that_nobody_wants_any_more_leaves_the_queue(shards, reader, monkeypatch):
+    cache = make_cache(shards, reader, num_slots=5, num_records=0)
+    acquire(cache, shards, 0, [0])
+    gate = Gate(monkeypatch)
+    asked = []
+
+    def still_wanted(expert):
+        asked.append(expert)
+        if len(asked) > 3:
+            gate.opened.set()
+        return expert != 2
+
+    held_of = {}
+    for held in cache.acquire(0, [0, 2, 3], None, still_wanted):
+        assert list(held.arrivals) or held.dropped
+        held_of[held.expert] = held
+        if not held.dropped:
+            shards.assert_in(held.memory, ExpertId(0, held.expert))
+    assert held_of[2].dropped
+    assert not held_of[3].dropped
+    [_, (_, dropped), (_, wanted)] = reader.submitted
+    assert wanted.complete
+    assert not dropped.complete
+    cache.check_integrity()
+    acquire(cache, shards, 0, [0, 2, 3])
 
 
 @pytest.mark.parametrize(("num_slots", "num_records"), [(1, 14), (2, 13), (5, 10), (14, 1)])
+@pytest.mark.parametrize("prices", [COPY, IN_PLACE], ids=["copy", "in place"])
 def test_tiers_that_hold_all_experts_together_read_each_once(
-    shards, reader, num_slots, num_records
+    shards, reader, num_slots, num_records, prices
 ):
-    cache = make_cache(shards, reader, num_slots, num_records)
+    cache = make_cache(shards, reader, num_slots, num_records, prices)
     choose = random.Random(1)
     for layer in range(NUM_LAYERS):
         acquire(cache, shards, layer, list(range(NUM_EXPERTS)))
@@ -204,8 +345,9 @@ def test_a_caller_may_stop_anywhere(shards, reader, seed):
         layer, experts = some_experts(choose)
         groups = cache.acquire(layer, experts)
         for _ in range(choose.randint(0, len(experts))):
-            for expert, slot in next(groups, []):
-                shards.assert_in(cache.slot(slot), ExpertId(layer, expert))
+            held = next(groups)
+            for _ in range(choose.randint(0, 4)):
+                next(held.arrivals, None)
         groups.close()
         cache.check_integrity()
     for _ in range(20):
@@ -216,6 +358,7 @@ def test_stopping_keeps_what_had_arrived(shards, reader):
     cache = make_cache(shards, reader, num_slots=3, num_records=0)
     groups = cache.acquire(0, [0, 1, 2])
     next(groups)
+    assert len(reader.submitted) == 3
     for _, ticket in reader.submitted:
         ticket.wait()
     groups.close()
@@ -229,7 +372,7 @@ def test_misses_are_being_read_while_hits_are_computed(shards, reader):
     cache = make_cache(shards, reader, num_slots=3, num_records=0)
     acquire(cache, shards, 0, [0])
     groups = cache.acquire(0, [1, 0, 2])
-    assert [expert for expert, _ in next(groups)] == [0]
+    assert next(groups).expert == 0
     assert [segments for segments, _ in reader.submitted[1:]] == [
         shards.records[ExpertId(0, 1)],
         shards.records[ExpertId(0, 2)],
@@ -254,16 +397,17 @@ def fail_reads(monkeypatch, choose: random.Random, rate: float) -> list[float]:
 def test_failed_reads_raise_and_leave_the_cache_whole(shards, reader, seed, monkeypatch):
     choose = random.Random(seed)
     cache = make_cache(shards, reader, choose.randint(1, 6), choose.choice([0, 2, 5]))
-    rates = fail_reads(monkeypatch, choose, 0.05)
+    rates = fail_reads(monkeypatch, choose, 0.35)
     failures = 0
     for _ in range(80):
         layer, experts = some_experts(choose)
         yielded = []
         try:
-            for group in cache.acquire(layer, experts):
-                for expert, slot in group:
-                    shards.assert_in(cache.slot(slot), ExpertId(layer, expert))
-                    yielded.append(expert)
+            for held in cache.acquire(layer, experts):
+                for _ in held.arrivals:
+                    pass
+                shards.assert_in(held.memory, ExpertId(layer, held.expert))
+                yielded.append(held.expert)
         except MoeServerError as error:
             failures += 1
             assert error.reason is Reason.UNAVAILABLE
@@ -288,7 +432,7 @@ def test_experts_are_served_again_once_the_file_is_back(shards, reader, damage):
         for file in shards.files:
             file.unlink()
     with pytest.raises(MoeServerError, match="shard-") as caught:
-        list(cache.acquire(1, [0, 1, 2, 3, 4]))
+        acquire(cache, shards, 1, [0, 1, 2, 3, 4])
     assert caught.value.reason is Reason.UNAVAILABLE
     cache.check_integrity()
     shards.restore()

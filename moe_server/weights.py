@@ -1,0 +1,124 @@
+"""What is read from disk: the dense weights, the experts, and the reader that both share.
+
+Built from headers and a memory plan alone, without torch: the engine process begins to read here
+while it still imports its libraries, and both take seconds on a cold machine. `model` makes tensors
+of the bytes later.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe_server.budget import READ_BLOCK_BYTES, MemoryPlan
+from moe_server.checkpoint import Checkpoint
+from moe_server.config import Config
+from moe_server.offload.cache import ExpertCache
+from moe_server.offload.checksum import ChecksumBook
+from moe_server.offload.layout import PAGE_BYTES, ExpertId, Segment
+from moe_server.offload.pages import map_pages
+from moe_server.offload.reader import Reader, ReadTicket
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class _DenseRead:
+    offset: int
+    nbytes: int
+    ticket: ReadTicket
+
+
+class Weights:
+    """The memory that weights are read into. One thread only, beside the reader's.
+
+    Args:
+        config: The whole configuration.
+        checkpoint: What is served.
+        plan: How memory is divided.
+    """
+
+    def __init__(self, config: Config, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
+        self.checkpoint = checkpoint
+        self.reader = Reader(
+            config.read_threads, READ_BLOCK_BYTES, ChecksumBook(learn=config.verify)
+        )
+        self.cache = ExpertCache(
+            {expert: checkpoint.record_segments(expert) for expert in checkpoint.experts},
+            num_layers=checkpoint.num_layers,
+            num_slots=plan.num_slots,
+            num_records=plan.num_records,
+            num_staging=plan.num_staging,
+            stride_bytes=plan.slot_bytes,
+            device=config.device,
+            reader=self.reader,
+            allow_pageable=config.allow_pageable,
+        )
+        self._plan = plan
+        self._dense: dict[str, _DenseRead] = {}
+
+    def begin(self) -> None:
+        """Begins to read the dense weights and, behind them, as many experts as have a place."""
+        size = sum(
+            _round_up(location.nbytes, PAGE_BYTES) for location in self.checkpoint.dense.values()
+        )
+        self._memory = map_pages(size)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        offset = 0
+        for name, location in self.checkpoint.dense.items():
+            part = Segment(location.file, location.offset, location.nbytes, 0)
+            ticket = self.reader.submit([part], base + offset, owner=self._memory)
+            self._dense[name] = _DenseRead(offset, location.nbytes, ticket)
+            offset += _round_up(location.nbytes, PAGE_BYTES)
+        self.cache.fill(self._by_place_on_disk())
+
+    def take_dense(self, progress: Callable[[int], None]) -> "dict[str, torch.Tensor]":
+        """Waits for the dense weights and hands them over.
+
+        Args:
+            progress: Called with the bytes read so far.
+
+        Returns:
+            uint8 (nbytes,) by parameter name, views of one block of memory.
+
+        Raises:
+            MoeServerError: A read failed.
+        """
+        import torch  # noqa: PLC0415  see above
+
+        tensors: dict[str, torch.Tensor] = {}
+        done = 0
+        for name, read in self._dense.items():
+            read.ticket.wait()
+            tensors[name] = torch.frombuffer(
+                self._memory, dtype=torch.uint8, count=read.nbytes, offset=read.offset
+            )
+            done += read.nbytes
+            progress(done)
+        self._dense.clear()
+        return tensors
+
+    def close(self) -> None:
+        """Ends the reader's threads."""
+        self.reader.close()
+
+    def _by_place_on_disk(self) -> list[ExpertId]:
+        """An equal share of every layer, as many as have a place, in the order they lie on disk."""
+        checkpoint = self.checkpoint
+        by_share = [
+            ExpertId(layer, expert)
+            for expert in range(checkpoint.num_experts)
+            for layer in range(checkpoint.num_layers)
+        ]
+        chosen = by_share[: self._plan.num_slots + self._plan.num_records]
+
+        def place(expert: ExpertId) -> tuple[str, int]:
+            first = checkpoint.record_segments(expert)[0]
+            return str(first.file), first.file_offset
+
+        return sorted(chosen, key=place)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
