@@ -266,6 +266,11 @@ class ExpertCache:
                 return
             self._coming[expert] = self._read(expert, tier, tier.free.pop(), Priority.PREFETCH)
 
+    @property
+    def coming_bytes(self) -> int:
+        """Bytes of the places that reads were begun for and nobody has waited for yet."""
+        return len(self._coming) * self._stride_bytes
+
     def wait_filled(self, progress: Callable[[int], None]) -> None:
         """Blocks until everything that `fill` began has arrived.
 

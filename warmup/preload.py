@@ -12,8 +12,9 @@ from moe_server.budget import MemoryPlan
 from moe_server.config import Config
 from moe_server.engine import Engine
 from moe_server.messages import Progress
+from moe_server.offload.calibration import Calibration
 
-STAGES = ("dense weights", "experts")
+STAGES = ("dense weights", "experts in memory", "every expert")
 
 
 class Report(Protocol):
@@ -44,8 +45,12 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
     engine.model.load_dense(progress(0, checkpoint.dense_bytes))
     if config.dense_backend == "zero3":
         engine.model.use_zero3(config.zero3_config)
-    touched = progress(1, experts_total)
+    engine.cache.wait_filled(progress(1, engine.cache.coming_bytes))
+    touched = progress(2, experts_total)
+    calibration = Calibration(engine.weights.reader)
     for layer in range(checkpoint.num_layers):
         for expert in range(checkpoint.num_experts):
+            calibration.next()
             engine.model.touch_expert(layer, expert)
             touched((layer * checkpoint.num_experts + expert + 1) * plan.expert_bytes)
+    calibration.conclude()
