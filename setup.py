@@ -1,13 +1,38 @@
-"""Metadata, dependencies and the `moe-server` command. Tool settings are in pyproject.toml."""
+"""Metadata, dependencies, the CPU kernels and the `moe-server` command.
+
+Tool settings are in pyproject.toml.
+"""
 
 import re
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moe_server/__init__.py").read_text())
 assert VERSION is not None
+
+# A plain C library that kernels/native.py loads; `optional`, because torch serves where no compiler
+# is. Every instruction set is compiled in and one is chosen at run time. Results are promised bit
+# for bit: no multiply and add may be fused but where the source says so.
+CPU_KERNELS = Extension(
+    "moe_server.kernels._cpu",
+    sources=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/cpu/*.cpp")),
+    depends=sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/cpu/*.h")),
+    language="c++",
+    extra_compile_args=[
+        "-std=c++17",
+        "-O3",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fvisibility=hidden",
+        "-pthread",
+        "-Wno-uninitialized",  # GCC 12 finds its own intrinsics' undefined vectors
+        "-Wno-maybe-uninitialized",
+    ],
+    extra_link_args=["-pthread"],
+    optional=True,
+)
 
 setup(
     name="moe-server",
@@ -20,6 +45,7 @@ setup(
     python_requires=">=3.11",
     # Namespace packages: the four top-level folders have no __init__.py, on purpose
     # (docs/architecture.md, "Import names"); moe_server reaches them by links.
+    ext_modules=[CPU_KERNELS],
     packages=find_namespace_packages(include=["moe_server*"]),
     package_data={
         "moe_server": ["py.typed"],

@@ -1,13 +1,25 @@
 """One expert's feed-forward network over its record in a slot.
 
-Torch only, imports nothing of ours: a record comes as a plain uint8 tensor with the byte offsets of
-its matrices. Shape legend: N rows, H hidden size, I intermediate size.
+Imports nothing of ours outside kernels: a record comes as a plain uint8 tensor with the byte
+offsets of its matrices. `ExpertRun` computes an expert while its bytes arrive; `swiglu` is torch's
+way, for the formats and machines that no kernel serves. Shape legend: N and M rows, H hidden size,
+I intermediate size.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from moe_server.kernels.formats import MatrixLayout, WeightFormat
+from moe_server.kernels.products import Activations, are_compiled, linear, swiglu_rows
+from moe_server.kernels.quantised import linear_by_dequantising
+
+_DTYPES = {
+    WeightFormat.FLOAT32: torch.float32,
+    WeightFormat.FLOAT16: torch.float16,
+    WeightFormat.BFLOAT16: torch.bfloat16,
+}
 
 
 def swiglu(
@@ -37,3 +49,125 @@ def swiglu(
     w2 = record[w2_offset : w2_offset + matrix_bytes].view(x_NH.dtype)
     gate, up = F.linear(x_NH, w13).chunk(2, dim=-1)
     return F.linear(activation(gate) * up, w2.view(hidden_size, intermediate_size))
+
+
+class ExpertRun:
+    """An expert with SiLU over its rows, advanced as the bytes of its record arrive.
+
+    The record is read from its start: w1, w3, then w2. Every whole row block is computed once, as
+    soon as its bytes are there; how they arrived changes no bit of the output. Where no kernel
+    serves the format, all is computed when the last byte has arrived, by torch.
+
+    Args:
+        x: M rows, prepared for `w13`.
+        record: uint8, at least up to the end of w2; bytes that have not arrived are not looked at.
+        w13: Layout of w1, at byte 0, and of w3.
+        w2: Layout of w2.
+        w3_offset: Byte offset of w3.
+        w2_offset: Byte offset of w2, behind w3.
+    """
+
+    def __init__(
+        self,
+        x: Activations,
+        record: torch.Tensor,
+        w13: MatrixLayout,
+        w2: MatrixLayout,
+        w3_offset: int,
+        w2_offset: int,
+    ) -> None:
+        assert w13.columns == w2.rows
+        assert w13.rows == w2.columns
+        assert w13.nbytes <= w3_offset <= w2_offset - w13.nbytes
+        self._x = x
+        self._w13 = w13
+        self._w2 = w2
+        self._w2_end = w2_offset + w2.nbytes
+        self._record = record
+        self._is_compiled = are_compiled(w13.format)
+        self._output = torch.empty(x.num_rows, w2.rows, dtype=x.dtype)
+        self._is_complete = False
+        if self._is_compiled:
+            shape = x.num_rows, w13.rows
+            self._gate_MI, self._up_MI = torch.empty(shape), torch.empty(shape)
+            self._w1_part = _Part(record, 0, w13)
+            self._w3_part = _Part(record, w3_offset, w13)
+            self._w2_part = _Part(record, w2_offset, w2)
+            self._hidden: Activations | None = None
+        self._w3_offset = w3_offset
+        self._w2_offset = w2_offset
+
+    def advance(self, arrived_bytes: int) -> None:
+        """Computes what can be computed now that bytes [0, arrived_bytes) of the record are there.
+
+        `arrived_bytes` may count padding behind w2, and never falls.
+        """
+        if self._is_complete:
+            return
+        if not self._is_compiled:
+            if arrived_bytes >= self._w2_end:
+                self._compute_with_torch()
+                self._is_complete = True
+            return
+        self._w1_part.advance(self._x, self._gate_MI, arrived_bytes)
+        self._w3_part.advance(self._x, self._up_MI, arrived_bytes)
+        if not self._w3_part.is_complete:
+            return
+        if self._hidden is None:
+            self._hidden = swiglu_rows(self._gate_MI, self._up_MI, self._w2, self._x.dtype)
+        self._w2_part.advance(self._hidden, self._output, arrived_bytes)
+        self._is_complete = self._w2_part.is_complete
+
+    def output(self) -> torch.Tensor:
+        """(M, H) in the dtype of the rows that were prepared; the whole record has to be there."""
+        assert self._is_complete
+        return self._output
+
+    def _compute_with_torch(self) -> None:
+        x = self._x.values
+        assert x is not None
+        if not self._w13.format.is_integer:
+            assert self._w3_offset == self._w13.nbytes
+            output = swiglu(
+                x.to(_DTYPES[self._w13.format]),
+                self._record,
+                intermediate_size=self._w13.rows,
+                w2_offset=self._w2_offset,
+                activation=F.silu,
+            )
+            self._output = output.to(x.dtype)
+            return
+        gate, up = torch.empty(2, self._x.num_rows, self._w13.rows)
+        for offset, out in ((0, gate), (self._w3_offset, up)):
+            weights = self._record[offset : offset + self._w13.nbytes]
+            linear_by_dequantising(x, weights, self._w13, out)
+        w2 = self._record[self._w2_offset : self._w2_end]
+        linear_by_dequantising(F.silu(gate) * up, w2, self._w2, self._output)
+
+
+class _Part:
+    """One matrix of the record, and how many of its row blocks have been computed."""
+
+    def __init__(self, record: torch.Tensor, offset: int, layout: MatrixLayout) -> None:
+        self._weights = record[offset : offset + layout.nbytes]
+        self._offset = offset
+        self._layout = layout
+        self._num_done = 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self._num_done == self._layout.num_blocks
+
+    def advance(self, x: Activations, out: torch.Tensor, arrived_bytes: int) -> None:
+        num_whole = (arrived_bytes - self._offset) // self._layout.block_bytes
+        num_whole = min(num_whole, self._layout.num_blocks)
+        if num_whole > self._num_done:
+            linear(
+                x,
+                self._weights,
+                self._layout,
+                out,
+                first_block=self._num_done,
+                num_blocks=num_whole - self._num_done,
+            )
+            self._num_done = num_whole

@@ -1,0 +1,135 @@
+// The C functions that kernels/native.py calls: which instruction set, and how work is cut.
+//
+// Callers have checked shapes and strides. Choosing an instruction set while a product runs is an
+// error of theirs.
+#include <algorithm>
+
+#include "pool.h"
+#include "products.h"
+
+namespace moe {
+namespace {
+
+enum InstructionSet { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// A chunk's weights: long enough a stream for the prefetchers, small enough to share out.
+constexpr int64_t kChunkBytes = 256 * 1024;
+constexpr int64_t kChunkValues = 16 * 1024;
+
+int best_instruction_set() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kScalar;
+  const bool has_avx512 =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni");
+  return has_avx512 ? kAvx512 : kAvx2;
+#else
+  return kScalar;
+#endif
+}
+
+int current_set = best_instruction_set();
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (current_set == kAvx512) return avx512_kernels;
+  if (current_set == kAvx2) return avx2_kernels;
+#endif
+  return scalar_kernels;
+}
+
+// A range of things that a function takes, in chunks.
+template <typename Job>
+struct Range {
+  const Job* job;
+  void (*function)(const Job&, int64_t, int64_t);
+  int64_t first, last, per_chunk;
+};
+
+template <typename Job>
+void run(const Job& job, void (*function)(const Job&, int64_t, int64_t), int64_t first,
+         int64_t last, int64_t per_chunk) {
+  const Range<Job> range{&job, function, first, last, per_chunk};
+  const int64_t chunks = (last - first + per_chunk - 1) / per_chunk;
+  parallel_for(
+      chunks,
+      [](const void* context, int64_t chunk) {
+        const Range<Job>& all = *static_cast<const Range<Job>*>(context);
+        const int64_t begin = all.first + chunk * all.per_chunk;
+        all.function(*all.job, begin, std::min(all.last, begin + all.per_chunk));
+      },
+      &range);
+}
+
+void run_activations(const ActivationJob& job) {
+  const int64_t per_chunk = std::max<int64_t>(1, kChunkValues / std::max<int64_t>(1, job.columns));
+  run(job, kernels().activation_rows, 0, job.tokens, per_chunk);
+}
+
+}  // namespace
+}  // namespace moe
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// Raised with every change of a signature or a layout below: native.py refuses another.
+int moe_abi_version() { return 1; }
+
+int moe_best_instruction_set() { return moe::best_instruction_set(); }
+int moe_instruction_set() { return moe::current_set; }
+void moe_set_instruction_set(int set) { moe::current_set = set; }
+
+int moe_num_threads() { return moe::num_threads(); }
+void moe_set_num_threads(int num_threads) { moe::set_num_threads(num_threads); }
+
+// x: float32 or bfloat16 (tokens, columns), rows x_stride elements apart. codes: int8 (groups,
+// tokens, group columns); scales, sums: float32 (groups, tokens).
+void moe_quantise(const void* x, int x_is_bfloat16, int64_t tokens, int64_t columns,
+                  int64_t x_stride, int64_t group_columns, int8_t* codes, float* scales,
+                  float* sums) {
+  moe::run_activations({x, nullptr, x_is_bfloat16 != 0, tokens, columns, x_stride, group_columns,
+                        codes, scales, sums, nullptr});
+}
+
+// silu(gate) * up, both contiguous float32 (tokens, columns), then as moe_quantise.
+void moe_swiglu_quantise(const float* gate, const float* up, int64_t tokens, int64_t columns,
+                         int64_t group_columns, int8_t* codes, float* scales, float* sums) {
+  moe::run_activations(
+      {gate, up, false, tokens, columns, columns, group_columns, codes, scales, sums, nullptr});
+}
+
+// silu(gate) * up to bfloat16 (tokens, columns).
+void moe_swiglu_bfloat16(const float* gate, const float* up, int64_t tokens, int64_t columns,
+                         uint16_t* rounded) {
+  moe::run_activations(
+      {gate, up, false, tokens, columns, columns, 0, nullptr, nullptr, nullptr, rounded});
+}
+
+// Blocks [first, last) of an int8 or int4 matrix; `out` is the element of row 0 of the matrix.
+void moe_integer_linear(const uint8_t* weights, int is_int4, int64_t rows, int64_t groups,
+                        int64_t group_columns, int64_t block_bytes, int64_t scales_offset,
+                        int64_t zeros_offset, const int8_t* codes, const float* scales,
+                        const float* sums, int64_t tokens, void* out, int64_t out_stride,
+                        int out_is_bfloat16, int64_t first, int64_t last) {
+  const moe::IntegerProduct product{
+      weights, rows,   groups, group_columns, block_bytes, scales_offset,
+      zeros_offset, is_int4 != 0, codes, scales, sums, tokens,
+      {out, out_stride, out_is_bfloat16 != 0}};
+  // Whole pairs: two blocks share each broadcast of activations.
+  const int64_t pairs = std::max<int64_t>(1, moe::kChunkBytes / (2 * block_bytes));
+  moe::run(product, moe::kernels().integer_blocks, first, last, 2 * pairs);
+}
+
+// Rows [first, last) of a row-major bfloat16 matrix; `out` as above.
+void moe_bfloat16_linear(const uint16_t* weights, int64_t columns, const uint16_t* x,
+                         int64_t tokens, void* out, int64_t out_stride, int out_is_bfloat16,
+                         int64_t first, int64_t last) {
+  const moe::BfloatProduct product{
+      weights, columns, x, tokens, {out, out_stride, out_is_bfloat16 != 0}};
+  const int64_t rows = std::max<int64_t>(4, moe::kChunkBytes / (2 * columns) / 4 * 4);
+  moe::run(product, moe::kernels().bfloat_rows, first, last, rows);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
