@@ -14,6 +14,7 @@ import torch
 from moe_server.budget import MemoryPlan, usable_cores
 from moe_server.config import Config
 from moe_server.errors import MoeServerError, Reason
+from moe_server.kernels import native
 from moe_server.messages import (
     EngineLoad,
     ExpertCounters,
@@ -49,6 +50,7 @@ class Engine:
         poll: Callable[[], None] = lambda: None,
     ) -> None:
         torch.set_num_threads(config.threads or usable_cores())
+        native.set_num_threads(config.threads or usable_cores())
         device = torch.device(config.device)
         block_tokens = config.scheduler.block_tokens
         self.weights = weights

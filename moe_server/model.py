@@ -21,8 +21,11 @@ from torch import nn
 from moe_server import zero3
 from moe_server.attention import ATTENTION_NAME, RaggedBatch, RequestSpan, paged_attention
 from moe_server.checkpoint import Checkpoint
+from moe_server.dense import use_kernels
 from moe_server.errors import MoeServerError, Reason
-from moe_server.kernels.experts import swiglu
+from moe_server.kernels.experts import ExpertRun, swiglu
+from moe_server.kernels.formats import MatrixLayout
+from moe_server.kernels.products import Activations, prepare
 from moe_server.kernels.routing import combine, plan_routing
 from moe_server.kv_cache import PagedKv
 from moe_server.offload.cache import Held
@@ -79,6 +82,7 @@ class Model:
         self.cache = weights.cache
         self.checkpoint = checkpoint = weights.checkpoint
         self._weights = weights
+        self._layout = checkpoint.record_layout
         self._prefetch = prefetch
         self._look_ahead: LookAhead | None = None
         self._batch: Sequence[StepInput] = ()
@@ -96,6 +100,8 @@ class Model:
             device=device,
         )
         self._module = _build_module(checkpoint, device)
+        use_kernels(self._module, self._dtype, device)
+        self._has_silu = getattr(self._module.config, "hidden_act", "") == "silu"
         for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
             self._attach(number, layer.get_submodule("mlp"))
         self._forward: Callable[..., Any] = self._module
@@ -231,12 +237,12 @@ class Model:
             return self._is_any_wanted(picks_of[expert] // num_choices)
 
         num_rows = [len(picks) for picks in picks_of.values()]
+        rows = Rows(hidden_states, self._layout.w13)
         groups = self.cache.acquire(layer, plan.experts, num_rows, still_wanted)
         with closing(groups):
             for held in groups:
                 picks = picks_of[held.expert]
-                rows = hidden_states[picks // num_choices]
-                outputs[picks] = self._run_expert(activation, rows, held)
+                outputs[picks] = self._run_expert(activation, rows, picks // num_choices, held)
         return combine(outputs, top_k_index, top_k_weights)
 
     def _is_any_wanted(self, rows: torch.Tensor) -> bool:
@@ -258,22 +264,42 @@ class Model:
         """
         experts: Any = self._module.get_submodule(f"model.layers.{layer}.mlp.experts")
         row = torch.zeros(1, self.checkpoint.hidden_size, dtype=self._dtype, device=self._device)
+        first = torch.zeros(1, dtype=torch.int64, device=self._device)
         with torch.inference_mode(), closing(self.cache.acquire(layer, [expert])) as groups:
             for held in groups:
-                self._run_expert(experts.act_fn, row, held)
+                self._run_expert(experts.act_fn, Rows(row, self._layout.w13), first, held)
 
-    def _run_expert(self, activation: Activation, rows: torch.Tensor, held: Held) -> torch.Tensor:
-        for _ in held.arrivals:
-            pass
+    def _run_expert(
+        self, activation: Activation, rows: "Rows", index: torch.Tensor, held: Held
+    ) -> torch.Tensor:
+        """One expert over the rows that `index` names, where its weights are."""
+        if held.memory.device.type == "cpu" and self._has_silu:
+            layout = self._layout
+            run = ExpertRun(
+                rows.prepared(index),
+                held.memory,
+                layout.w13,
+                layout.w2,
+                layout.w3_offset,
+                layout.w2_offset,
+            )
+            for arrived_bytes in held.arrivals:
+                run.advance(arrived_bytes)
+            if not held.dropped:
+                return run.output().to(self._device)
+        else:
+            for _ in held.arrivals:
+                pass
+        x_NH = rows.values[index]
         if held.dropped:
-            return torch.zeros_like(rows)
+            return torch.zeros_like(x_NH)
         return swiglu(
-            rows.to(held.memory.device),
+            x_NH.to(held.memory.device),
             held.memory,
             intermediate_size=self.checkpoint.intermediate_size,
-            w2_offset=self.checkpoint.record_layout.w2_offset,
+            w2_offset=self._layout.w2_offset,
             activation=activation,
-        ).to(rows.device)
+        ).to(self._device)
 
     def _attach(self, layer: int, block: nn.Module) -> None:
         """Gives a layer's sparse block our experts, and times its router."""
@@ -293,6 +319,26 @@ class Model:
         gate = block.get_submodule("gate")
         gate.register_forward_pre_hook(before)
         gate.register_forward_hook(after)
+
+
+class Rows:
+    """The input of a layer's experts: prepared for the kernels once, whatever asks for rows.
+
+    Args:
+        values: (T, H).
+        layout: Of the matrices that it is multiplied with.
+    """
+
+    def __init__(self, values: torch.Tensor, layout: MatrixLayout) -> None:
+        self.values = values
+        self._layout = layout
+        self._prepared: Activations | None = None
+
+    def prepared(self, index: torch.Tensor) -> Activations:
+        """Rows as the CPU's kernels want them."""
+        if self._prepared is None:
+            self._prepared = prepare(self.values.cpu(), self._layout)
+        return self._prepared.rows(index.cpu())
 
 
 def _cached_experts(experts: Any, *args: torch.Tensor) -> torch.Tensor:
