@@ -39,7 +39,7 @@ proto-check: $(VENV)/.installed-dev $(BUF)
 $(BUF):
 	npm install --prefix build/buf --no-save --no-package-lock --silent @bufbuild/buf@1
 
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt $(wildcard kernels/cpu/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moe-server needs Python 3.11 or newer; set PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	    || { echo "No venv module: install python3-venv, or set VENV to an environment of yours."; exit 1; }
@@ -52,4 +52,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info kernels/_cpu.* .pytest_cache .mypy_cache .ruff_cache
