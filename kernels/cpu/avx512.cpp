@@ -12,6 +12,15 @@
 namespace moe {
 namespace {
 
+// In assembly, because GCC 12 copies the accumulators of the intrinsics around at every step.
+MOE_TILE void add_quads(__m512i& sum, __m512i weights, __m512i codes) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(codes));
+}
+
+MOE_TILE void add_product(__m512& sum, __m512 left, __m512 right) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
+}
+
 // Integer formats
 
 constexpr int kTileTokens = 8;      // 2 blocks x 8 tokens: 16 of the 32 registers accumulate
@@ -52,8 +61,8 @@ MOE_TILE void group_tile(const Group& group, const int8_t* codes, const float* s
         const __m512i first = _mm512_set1_epi32(quads[0]), second = _mm512_set1_epi32(quads[1]);
 #pragma GCC unroll 2
         for (int b = 0; b < Blocks; ++b) {
-          dot[b][t] = _mm512_dpbusd_epi32(dot[b][t], low[b], first);
-          dot[b][t] = _mm512_dpbusd_epi32(dot[b][t], high[b], second);
+          add_quads(dot[b][t], low[b], first);
+          add_quads(dot[b][t], high[b], second);
         }
       }
     }
@@ -72,8 +81,7 @@ MOE_TILE void group_tile(const Group& group, const int8_t* codes, const float* s
         std::memcpy(&quad, codes + t * columns + k, 4);
         const __m512i broadcast = _mm512_set1_epi32(quad);
 #pragma GCC unroll 2
-        for (int b = 0; b < Blocks; ++b)
-          dot[b][t] = _mm512_dpbusd_epi32(dot[b][t], weights[b], broadcast);
+        for (int b = 0; b < Blocks; ++b) add_quads(dot[b][t], weights[b], broadcast);
       }
     }
   }
@@ -224,10 +232,13 @@ MOE_TILE void bfloat_step(const uint16_t* const* weights, const uint16_t* x, int
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const __m512i pairs = _mm512_maskz_loadu_epi16(mask, weights[r] + k);
+      const uint16_t* at = weights[r] + k;
+      // The same columns of the next tile's rows: it comes right behind this one.
+      if (!half) _mm_prefetch(reinterpret_cast<const char*>(at + Rows * columns), _MM_HINT_T1);
+      const __m512i pairs = _mm512_maskz_loadu_epi16(mask, at);
       const __m512 right = half ? odd_columns(pairs) : even_columns(pairs);
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) lanes[t][r] = _mm512_fmadd_ps(right, left[t], lanes[t][r]);
+      for (int t = 0; t < Tokens; ++t) add_product(lanes[t][r], right, left[t]);
     }
   }
 }
@@ -258,7 +269,8 @@ MOE_TARGET void bfloat_tile(const BfloatProduct& product, int64_t token, int64_t
   }
 }
 
-constexpr int kBfloatRows = 4;
+// Tiles that the registers hold: 24 sums, and one side's columns.
+constexpr int64_t kTallTokens = 8, kWideTokens = 6;
 
 template <int Rows>
 MOE_TARGET void bfloat_tokens(const BfloatProduct& product, int64_t token, int64_t tokens,
@@ -269,19 +281,33 @@ MOE_TARGET void bfloat_tokens(const BfloatProduct& product, int64_t token, int64
     case 3: bfloat_tile<3, Rows>(product, token, row); break;
     case 4: bfloat_tile<4, Rows>(product, token, row); break;
     case 5: bfloat_tile<5, Rows>(product, token, row); break;
-    default: bfloat_tile<6, Rows>(product, token, row); break;
+    case 6: bfloat_tile<6, Rows>(product, token, row); break;
+    default:
+      if constexpr (Rows < 4)
+        tokens == 7 ? bfloat_tile<7, Rows>(product, token, row)
+                    : bfloat_tile<8, Rows>(product, token, row);
   }
 }
 
+template <int Rows>
+MOE_TARGET void bfloat_range(const BfloatProduct& product, int64_t token, int64_t tokens,
+                             int64_t row, int64_t last) {
+  for (; row + Rows <= last; row += Rows) bfloat_tokens<Rows>(product, token, tokens, row);
+  for (; row < last; ++row) bfloat_tokens<1>(product, token, tokens, row);
+}
+
 MOE_TARGET void bfloat_rows(const BfloatProduct& product, int64_t first, int64_t last) {
+  if (product.tokens == kTallTokens || product.tokens == kTallTokens - 1) {
+    // One pass over the weights.
+    bfloat_range<3>(product, 0, product.tokens, first, last);
+    return;
+  }
   // Tokens outside: a tile of activations is used for all the rows, which L2 keeps.
   for (int64_t token = 0; token < product.tokens;) {
-    const int64_t tiles = (product.tokens - token + 5) / 6;
-    const int64_t tokens = (product.tokens - token + tiles - 1) / tiles;
-    int64_t row = first;
-    for (; row + kBfloatRows <= last; row += kBfloatRows)
-      bfloat_tokens<kBfloatRows>(product, token, tokens, row);
-    for (; row < last; ++row) bfloat_tokens<1>(product, token, tokens, row);
+    const int64_t left = product.tokens - token;
+    const int64_t tiles = (left + kWideTokens - 1) / kWideTokens;
+    const int64_t tokens = (left + tiles - 1) / tiles;
+    bfloat_range<4>(product, token, tokens, first, last);
     token += tokens;
   }
 }
