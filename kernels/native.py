@@ -23,7 +23,7 @@ INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "MOE_SERVER_KERNELS"
 """Set to an instruction set, or to `torch` for none of ours, it overrides what the CPU offers."""
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _FILE = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -74,6 +74,12 @@ def set_num_threads(num_threads: int) -> None:
 def num_threads() -> int:
     """Threads that share a product."""
     return int(_library().moe_num_threads())
+
+
+def read(data: torch.Tensor) -> None:
+    """Reads a contiguous tensor with all threads: the memory's ceiling, for benchmarks."""
+    assert data.is_contiguous()
+    _library().moe_read(data.data_ptr(), data.nbytes)
 
 
 def quantise(
@@ -297,6 +303,7 @@ def _declare(library: ctypes.CDLL) -> None:
     for name, arguments in {
         "moe_set_instruction_set": "i",
         "moe_set_num_threads": "i",
+        "moe_read": "pl",
         "moe_quantise": "pi llll ppp",
         "moe_swiglu_quantise": "pp lll ppp",
         "moe_swiglu_bfloat16": "pp ll p",
