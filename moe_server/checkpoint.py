@@ -1,11 +1,11 @@
-"""A Hugging Face checkpoint directory, read without loading it.
+"""A Hugging Face checkpoint directory, or a packed store of one, read without loading it.
 
 Opens config.json and the safetensors headers, checks every tensor that the model needs (present,
-whole, of the right dtype and shape) and says where its bytes are. The only place that knows Hugging
-Face tensor names. Pure Python: the front door and the light commands read checkpoints too.
+whole, of the right dtype and shape) and says where its bytes are. With `packed`, the only place
+that knows Hugging Face tensor names. Pure Python: the front door and the light commands read
+checkpoints too.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from moe_server.errors import MoeServerError, Reason
-from moe_server.kernels.formats import WeightFormat
-from moe_server.offload.layout import ExpertId, RecordLayout, Segment
+from moe_server.json_file import read_json
+from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
+from moe_server.offload.layout import PAGE_BYTES, ExpertId, RecordLayout, Segment
+from moe_server.packed import (
+    BYTES_DTYPE,
+    MANIFEST_FILE,
+    StoreFormat,
+    hub_name,
+    read_headers,
+    read_manifest,
+    record_name,
+)
+from moe_server.safetensors_file import TensorLocation, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_HEADER_BYTES = 100 * 2**20
-"""The safetensors format's own bound on its header."""
 
-DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
-"""safetensors name -> (torch name, bytes of one element)."""
+DTYPES = {WeightFormat.FLOAT32: "F32", WeightFormat.FLOAT16: "F16", WeightFormat.BFLOAT16: "BF16"}
+"""What safetensors calls the dtypes that a model may compute in."""
 
 IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
 """Endings of tensors that may be there without being used: frequencies, which are computed, and the
@@ -36,24 +45,39 @@ context we serve."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorLocation:
-    """Where a tensor's bytes are: `nbytes` from `offset` on in `file`, row-major."""
+class DenseTensor:
+    """A tensor that is no expert's, and where its bytes are."""
 
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: str
-    """As safetensors writes it, for example "BF16"."""
+    location: TensorLocation
+    """`dtype` and `shape` as stored: of a quantised one, its bytes."""
     shape: tuple[int, ...]
+    """Of the weights."""
+    layout: MatrixLayout | None
+    """How a quantised one lies in its bytes; None: row-major, in the model's dtype."""
+    crc32: int | None
+    """Of its bytes; None in a checkpoint that has no checksums."""
+
+    @property
+    def file(self) -> Path:
+        return self.location.file
+
+    @property
+    def offset(self) -> int:
+        return self.location.offset
+
+    @property
+    def nbytes(self) -> int:
+        return self.location.nbytes
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertTensors:
-    """The three matrices of one expert; they may be in different files and at any offset."""
+class ExpertRecord:
+    """Where an expert's record is."""
 
-    w1: TensorLocation
-    w3: TensorLocation
-    w2: TensorLocation
+    segments: tuple[Segment, ...]
+    """Its parts on disk: one in a packed store, else w1, w3 and w2, in any files at any offsets."""
+    crc32: int | None
+    """Of all its bytes; None in a checkpoint that has no checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +86,8 @@ class Checkpoint:
 
     path: Path
     architecture: str
-    dtype: str
-    """The torch name of the dtype it computes in: that of its tensors."""
-    itemsize: int
+    stored: StoreFormat
+    """How its weights are stored; a plain checkpoint's all have its dtype."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -77,25 +100,31 @@ class Checkpoint:
     max_context_tokens: int
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
-    dense: Mapping[str, TensorLocation]
+    dense: Mapping[str, DenseTensor]
     """Everything but the experts, by the name of its parameter in the transformers module."""
-    experts: Mapping[ExpertId, ExpertTensors]
+    experts: Mapping[ExpertId, ExpertRecord]
+
+    @property
+    def dtype(self) -> str:
+        """The torch name of the dtype it computes in."""
+        return self.stored.dtype.value
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of that dtype."""
+        return self.stored.dtype.itemsize
 
     @property
     def record_layout(self) -> RecordLayout:
-        return RecordLayout(self.hidden_size, self.intermediate_size, WeightFormat(self.dtype))
+        return self.stored.record_layout(self.hidden_size, self.intermediate_size)
 
     def record_segments(self, expert: ExpertId) -> tuple[Segment, ...]:
-        """Where the bytes of an expert's record are: straight in the shards, nothing is copied."""
-        tensors, layout = self.experts[expert], self.record_layout
-        return tuple(
-            Segment(tensor.file, tensor.offset, tensor.nbytes, record_offset)
-            for tensor, record_offset in (
-                (tensors.w1, layout.w1_offset),
-                (tensors.w3, layout.w3_offset),
-                (tensors.w2, layout.w2_offset),
-            )
-        )
+        """Where the bytes of an expert's record are: straight in the files, nothing is copied."""
+        return self.experts[expert].segments
+
+    def record_checksum(self, expert: ExpertId) -> int | None:
+        """CRC-32 of an expert's whole record; None in a checkpoint that has no checksums."""
+        return self.experts[expert].crc32
 
     @property
     def dense_bytes(self) -> int:
@@ -118,7 +147,7 @@ class Checkpoint:
 
     @property
     def _num_dense_parameters(self) -> int:
-        return self.dense_bytes // self.itemsize
+        return sum(math.prod(tensor.shape) for tensor in self.dense.values())
 
     @property
     def _num_expert_parameters(self) -> int:
@@ -139,7 +168,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             reason=Reason.NOT_FOUND,
             field="model",
         )
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     architecture = _architecture(config)
     if config.get("model_type") != "mixtral":
         raise MoeServerError(
@@ -150,33 +179,39 @@ def read_checkpoint(path: Path) -> Checkpoint:
             field="model",
         )
     sizes = _sizes(config, path)
-    tensors = _read_headers(path)
-    dtype_name, itemsize = _compute_dtype(tensors, path)
-    num_layers, num_experts = sizes["num_hidden_layers"], sizes["num_local_experts"]
-    head_dim = sizes["head_dim"]
+    manifest = read_manifest(path) if (path / MANIFEST_FILE).exists() else None
+    if manifest is None:
+        tensors = _read_headers(path)
+        dtype = _compute_dtype(tensors, path)
+        stored = StoreFormat(dtype, dtype, GROUP_COLUMNS)
+        read_expert = _expert_in_shards
+    else:
+        tensors = read_headers(path, manifest)
+        stored = manifest.format
+        read_expert = _expert_in_store
+    source = _Source(path, tensors, stored, sizes, {} if manifest is None else manifest.crc32)
     experts = {
-        ExpertId(layer, expert): _expert_tensors(tensors, layer, expert, sizes, dtype_name, path)
-        for layer in range(num_layers)
-        for expert in range(num_experts)
+        ExpertId(layer, expert): read_expert(source, ExpertId(layer, expert))
+        for layer in range(sizes["num_hidden_layers"])
+        for expert in range(sizes["num_local_experts"])
     }
     dense = {
-        module_name: _take(tensors, name, shape, dtype_name, path)
-        for name, module_name, shape in _dense_names(config, sizes)
+        parameter: _dense_tensor(source, hub_name(parameter), shape)
+        for parameter, shape in _dense_parameters(config, sizes)
     }
     _refuse_leftovers(tensors, path)
     return Checkpoint(
         path=path,
         architecture=architecture,
-        dtype=DTYPES[dtype_name][0],
-        itemsize=itemsize,
+        stored=stored,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
-        num_layers=num_layers,
+        num_layers=sizes["num_hidden_layers"],
         num_heads=sizes["num_attention_heads"],
         num_kv_heads=sizes["num_key_value_heads"],
-        head_dim=head_dim,
-        num_experts=num_experts,
+        head_dim=sizes["head_dim"],
+        num_experts=sizes["num_local_experts"],
         num_experts_per_token=sizes["num_experts_per_tok"],
         max_context_tokens=_max_context(config, sizes["max_position_embeddings"], path),
         bos_token_id=next(iter(_token_ids(config, "bos_token_id", path / "config.json")), None),
@@ -184,6 +219,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
         dense=dense,
         experts=experts,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What the files hold, while it is being taken apart."""
+
+    path: Path
+    tensors: dict[str, TensorLocation]
+    """Those that nothing has taken yet."""
+    stored: StoreFormat
+    sizes: Mapping[str, int]
+    crc32: Mapping[str, int]
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors writes it."""
+        return DTYPES[self.stored.dtype]
 
 
 _REQUIRED_SIZES = (
@@ -271,7 +323,7 @@ def _max_context(config: Mapping[str, Any], max_positions: int, path: Path) -> i
 def _eos_token_ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     # generate() of transformers reads generation_config.json, where it exists, and so do we.
     file = path / "generation_config.json"
-    generation = _read_json(file) if file.exists() else {}
+    generation = read_json(file) if file.exists() else {}
     if "eos_token_id" in generation:
         return _token_ids(generation, "eos_token_id", file)
     return _token_ids(config, "eos_token_id", path / "config.json")
@@ -286,10 +338,10 @@ def _token_ids(config: Mapping[str, Any], name: str, file: Path) -> tuple[int, .
     return tuple(token_ids)
 
 
-def _dense_names(
+def _dense_parameters(
     config: Mapping[str, Any], sizes: Mapping[str, int]
-) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(checkpoint name, module parameter name, shape) of every tensor that is not an expert's."""
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """(parameter name in the module, shape) of every tensor that is not an expert's."""
     hidden, vocab = sizes["hidden_size"], sizes["vocab_size"]
     query = sizes["num_attention_heads"] * sizes["head_dim"]
     key_value = sizes["num_key_value_heads"] * sizes["head_dim"]
@@ -300,60 +352,90 @@ def _dense_names(
         "self_attn.k_proj": (key_value, hidden),
         "self_attn.v_proj": (key_value, hidden),
         "self_attn.o_proj": (hidden, query),
-        "block_sparse_moe.gate": (sizes["num_local_experts"], hidden),
+        "mlp.gate": (sizes["num_local_experts"], hidden),
     }
-    yield "model.embed_tokens.weight", "model.embed_tokens.weight", (vocab, hidden)
+    yield "model.embed_tokens.weight", (vocab, hidden)
     for layer in range(sizes["num_hidden_layers"]):
         for part, shape in per_layer.items():
-            name = f"model.layers.{layer}.{part}.weight"
-            yield name, name.replace(".block_sparse_moe.", ".mlp."), shape
-    yield "model.norm.weight", "model.norm.weight", (hidden,)
+            yield f"model.layers.{layer}.{part}.weight", shape
+    yield "model.norm.weight", (hidden,)
     if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight", "lm_head.weight", (vocab, hidden)
+        yield "lm_head.weight", (vocab, hidden)
 
 
-def _expert_tensors(
-    tensors: dict[str, TensorLocation],
-    layer: int,
-    expert: int,
-    sizes: Mapping[str, int],
-    dtype: str,
-    path: Path,
-) -> ExpertTensors:
-    prefix = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-    up = (sizes["intermediate_size"], sizes["hidden_size"])
-    return ExpertTensors(
-        w1=_take(tensors, f"{prefix}.w1.weight", up, dtype, path),
-        w3=_take(tensors, f"{prefix}.w3.weight", up, dtype, path),
-        w2=_take(tensors, f"{prefix}.w2.weight", up[::-1], dtype, path),
+def _expert_in_shards(source: _Source, expert: ExpertId) -> ExpertRecord:
+    layout = source.stored.record_layout(
+        source.sizes["hidden_size"], source.sizes["intermediate_size"]
     )
+    up = (layout.intermediate_size, layout.hidden_size)
+    segments = []
+    for matrix, shape, record_offset in (
+        ("w1", up, layout.w1_offset),
+        ("w3", up, layout.w3_offset),
+        ("w2", up[::-1], layout.w2_offset),
+    ):
+        tensor = _take(source, f"{record_name(expert)}.{matrix}.weight", source.dtype, shape)
+        segments.append(Segment(tensor.file, tensor.offset, tensor.nbytes, record_offset))
+    return ExpertRecord(tuple(segments), None)
 
 
-def _compute_dtype(tensors: Mapping[str, TensorLocation], path: Path) -> tuple[str, int]:
+def _expert_in_store(source: _Source, expert: ExpertId) -> ExpertRecord:
+    layout = source.stored.record_layout(
+        source.sizes["hidden_size"], source.sizes["intermediate_size"]
+    )
+    name = record_name(expert)
+    tensor = _take(source, name, BYTES_DTYPE, (layout.stride_bytes,))
+    if tensor.offset % PAGE_BYTES:
+        raise MoeServerError(
+            f"{tensor.file}: {name} begins at byte {tensor.offset}, which is not on a page of "
+            f"{PAGE_BYTES} bytes.",
+            "Copy the store again, or pack the checkpoint again.",
+            field="model",
+        )
+    segment = Segment(tensor.file, tensor.offset, tensor.nbytes, 0)
+    return ExpertRecord((segment,), _checksum(source, name))
+
+
+def _dense_tensor(source: _Source, name: str, shape: tuple[int, ...]) -> DenseTensor:
+    layout = source.stored.dense_layout(name, shape)
+    if layout is None:
+        location = _take(source, name, source.dtype, shape)
+    else:
+        location = _take(source, name, BYTES_DTYPE, (layout.nbytes,))
+    crc32 = _checksum(source, name) if source.crc32 else None
+    return DenseTensor(location, shape, layout, crc32)
+
+
+def _checksum(source: _Source, name: str) -> int:
+    if name not in source.crc32:
+        raise MoeServerError(
+            f"{source.path / MANIFEST_FILE} has no checksum of {name}.",
+            "Copy the store again, or pack the checkpoint again.",
+            field="model",
+        )
+    return source.crc32[name]
+
+
+def _compute_dtype(tensors: Mapping[str, TensorLocation], path: Path) -> WeightFormat:
     name = "model.embed_tokens.weight"
     if name not in tensors:
         raise _missing_tensor(name, path)
     dtype = tensors[name].dtype
-    if dtype not in DTYPES:
-        raise MoeServerError(
-            f"{path}: {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}.",
-            "Use a float32, float16 or bfloat16 checkpoint.",
-            reason=Reason.UNSUPPORTED,
-            field="model",
-        )
-    return dtype, DTYPES[dtype][1]
+    for compute, stored in DTYPES.items():
+        if dtype == stored:
+            return compute
+    raise MoeServerError(
+        f"{path}: {name} has dtype {dtype}, expected one of {', '.join(DTYPES.values())}.",
+        "Use a float32, float16 or bfloat16 checkpoint.",
+        reason=Reason.UNSUPPORTED,
+        field="model",
+    )
 
 
-def _take(
-    tensors: dict[str, TensorLocation],
-    name: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    path: Path,
-) -> TensorLocation:
-    tensor = tensors.pop(name, None)
+def _take(source: _Source, name: str, dtype: str, shape: tuple[int, ...]) -> TensorLocation:
+    tensor = source.tensors.pop(name, None)
     if tensor is None:
-        raise _missing_tensor(name, path)
+        raise _missing_tensor(name, source.path)
     if tensor.shape != shape or tensor.dtype != dtype:
         raise MoeServerError(
             f"{tensor.file}: {name} is {tensor.dtype} {list(tensor.shape)}, "
@@ -361,7 +443,8 @@ def _take(
             "config.json and the shards must come from the same checkpoint, in one dtype.",
             field="model",
         )
-    expected_bytes = math.prod(shape) * DTYPES[dtype][1]
+    itemsize = 1 if dtype == BYTES_DTYPE else source.stored.dtype.itemsize
+    expected_bytes = math.prod(shape) * itemsize
     if tensor.nbytes != expected_bytes:
         raise MoeServerError(
             f"{tensor.file}: {name} has {tensor.nbytes} bytes, expected {expected_bytes}.",
@@ -394,7 +477,7 @@ def _missing_tensor(name: str, path: Path) -> MoeServerError:
 
 def _read_headers(path: Path) -> dict[str, TensorLocation]:
     if (path / INDEX_FILE).exists():
-        weight_map = _read_json(path / INDEX_FILE).get("weight_map")
+        weight_map = read_json(path / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise MoeServerError(
                 f"{path / INDEX_FILE} has no weight_map.", "Copy the file again.", field="model"
@@ -417,93 +500,5 @@ def _read_headers(path: Path) -> dict[str, TensorLocation]:
                 "Copy the file again from a source you trust.",
                 field="model",
             )
-        tensors.update(_read_header(path / name))
+        tensors.update(read_header(path / name))
     return tensors
-
-
-def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
-    """Parses one safetensors header: 8 bytes of length, JSON, then the data it points into."""
-    try:
-        with file.open("rb") as stream:
-            if not stream.seekable():
-                raise TypeError("it is no regular file")
-            file_bytes = stream.seek(0, 2)
-            stream.seek(0)
-            header_bytes = int.from_bytes(stream.read(8), "little")
-            data_start = 8 + header_bytes
-            if header_bytes > MAX_HEADER_BYTES or data_start > file_bytes:
-                raise _truncated(file, f"its header says {header_bytes} bytes", file_bytes)
-            header = json.loads(stream.read(header_bytes))
-            if not isinstance(header, dict):
-                raise TypeError("its header is no table")
-            for name, entry in header.items():
-                if name != "__metadata__":
-                    tensor = _location(file, data_start, entry)
-                    end = tensor.offset + tensor.nbytes
-                    if end > file_bytes:
-                        raise _truncated(file, f"{name} ends at byte {end}", file_bytes)
-                    yield name, tensor
-    except FileNotFoundError:
-        raise MoeServerError(
-            f"{file} is missing.",
-            "Complete the download; every file that the index names must be there.",
-            reason=Reason.NOT_FOUND,
-            field="model",
-        ) from None
-    except OSError as error:
-        raise MoeServerError(
-            f"Cannot read {file}: {error.strerror}.",
-            "Check the file and its permissions.",
-            field="model",
-        ) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise MoeServerError(
-            f"{file} is not a valid safetensors file ({error}).",
-            "Copy the file again.",
-            field="model",
-        ) from None
-
-
-def _location(file: Path, data_start: int, entry: Mapping[str, Any]) -> TensorLocation:
-    start, end = entry["data_offsets"]
-    shape, dtype = entry["shape"], entry["dtype"]
-    if any(type(number) is not int for number in (start, end, *shape)):
-        raise TypeError(f"offsets {start}..{end} and shape {shape} are no whole numbers")
-    if not isinstance(dtype, str) or not 0 <= start <= end:
-        raise ValueError(f"dtype {dtype}, offsets {start}..{end}")
-    return TensorLocation(file, data_start + start, end - start, dtype, tuple(shape))
-
-
-def _truncated(file: Path, claim: str, file_bytes: int) -> MoeServerError:
-    return MoeServerError(
-        f"{file} is truncated: {claim}, but the file has {file_bytes} bytes.",
-        "Copy the file again.",
-        field="model",
-    )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MoeServerError(
-            f"{file} is missing.",
-            "Give a complete Hugging Face checkpoint directory.",
-            reason=Reason.NOT_FOUND,
-            field="model",
-        ) from None
-    except OSError as error:
-        raise MoeServerError(
-            f"Cannot read {file}: {error.strerror}.",
-            "Check the file and its permissions.",
-            field="model",
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise MoeServerError(
-            f"{file} is not valid JSON ({error}).", "Copy the file again.", field="model"
-        ) from None
-    if not isinstance(content, dict):
-        raise MoeServerError(
-            f"{file} does not hold an object.", "Copy the file again.", field="model"
-        )
-    return content

@@ -6,30 +6,22 @@ whether there is room, and that a checkpoint appears under its name only when it
 the server. The CLI calls it.
 """
 
-import errno
-import fcntl
 import json
 import os
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from moe_server.config import parse_bytes
-from moe_server.errors import MoeServerError, Reason
+from moe_server.directory import complete_or_absent, refuse_small_disk
+from moe_server.json_file import write_json
+from moe_server.kernels.formats import GROUP_CHOICES, GROUP_COLUMNS
+from moe_server.packed import Manifest
+from moe_server.progress import progress
 from moe_server.synth_spec import SynthSpec
 from moe_server.synth_weights import Dtype, write_shard
 
@@ -41,7 +33,6 @@ SLACK_BYTES = 2**20
 """Room for the JSON files and for rounding to disk blocks."""
 MAX_THREADS = 16
 """Each holds a block of memory; more of them than this write no faster to any one disk."""
-LOG_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,134 +85,35 @@ def synth(
     threads = threads or min(len(os.sched_getaffinity(0)) + 1, MAX_THREADS)
     shards = spec.shards()
     size_bytes = sum(shard.file_bytes for shard in shards.values())
-    try:
-        with _complete_or_absent(out, force=force) as partial:
-            _refuse_small_disk(partial, size_bytes + SLACK_BYTES)
-            _write_json(partial / MARKER, asdict(spec) | {"dtype": spec.dtype.value})
-            for name, shard in shards.items():
-                write_shard(partial / name, shard, threads, written)
-            if len(shards) > 1:
-                weight_map = {t.name: name for name, shard in shards.items() for t in shard.tensors}
-                index = {"metadata": {"total_size": spec.data_bytes}, "weight_map": weight_map}
-                _write_json(partial / "model.safetensors.index.json", index)
-            _write_json(partial / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
-            _write_json(partial / "config.json", spec.config())
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        raise MoeServerError(
-            f"Cannot write {error.filename or out}: {error.strerror}.",
-            "Free some space or take another disk." if full else "Check the path and permissions.",
-            reason=Reason.EXHAUSTED if full else Reason.INVALID,
-        ) from error
+    with complete_or_absent(
+        out, marker=MARKER, what="a synthetic checkpoint", force=force
+    ) as partial:
+        refuse_small_disk(
+            partial,
+            size_bytes + SLACK_BYTES,
+            "The checkpoint",
+            "make a smaller checkpoint (--layers)",
+        )
+        made_from = asdict(spec) | {"dtype": spec.dtype.value}
+        write_json(partial / MARKER, made_from)
+        crc32: dict[str, int] = {}
+        for name, shard in shards.items():
+            crc32 |= write_shard(partial / name, shard, threads, written)
+        if spec.stored is not None:
+            files = {name: shard.file_bytes for name, shard in shards.items()}
+            Manifest(spec.stored, files, crc32, {"synth": made_from}).write(partial)
+        elif len(shards) > 1:
+            weight_map = {
+                tensor.entry.name: name
+                for name, shard in shards.items()
+                for tensor in shard.tensors
+            }
+            index = {"metadata": {"total_size": spec.data_bytes}, "weight_map": weight_map}
+            write_json(partial / "model.safetensors.index.json", index)
+        write_json(partial / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+        write_json(partial / "config.json", spec.config())
     seconds = time.perf_counter() - started
     return SynthReport(out, len(shards), spec.parameters, size_bytes, seconds)
-
-
-@contextmanager
-def _complete_or_absent(out: Path, *, force: bool) -> Iterator[Path]:
-    """A directory beside `out` that takes its place on success and goes away on failure."""
-    _refuse_foreign(out, force=force)
-    partial = out.with_name(f"{out.name}.partial")
-    _refuse_foreign(partial, force=force)
-    partial.mkdir(parents=True, exist_ok=True)
-    directory = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MoeServerError(
-                f"Another process is writing {partial}.",
-                "Wait until it is done, or name another directory.",
-                reason=Reason.UNAVAILABLE,
-            ) from None
-        try:
-            for leftover in partial.iterdir():  # of a run that was killed
-                _remove(leftover)
-            yield partial
-            os.fsync(directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _publish(partial, out)
-    finally:
-        os.close(directory)
-
-
-def _refuse_foreign(directory: Path, *, force: bool) -> None:
-    """Refuses what is neither absent, nor empty, nor a synthetic checkpoint."""
-    if not directory.exists():
-        return
-    if directory.is_mount() or not directory.is_dir():
-        raise MoeServerError(
-            f"{directory} is a file or a mount point, which cannot be replaced.",
-            "Name a directory that does not exist, for example one below it.",
-        )
-    if not force and any(directory.iterdir()) and not (directory / MARKER).is_file():
-        raise MoeServerError(
-            f"{directory} is not empty and not a synthetic checkpoint.",
-            "Name another directory, or add --force to delete what is in it.",
-        )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _refuse_small_disk(directory: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(directory).free
-    if free_bytes < needed_bytes:
-        needed, free = needed_bytes / 1e9, free_bytes / 1e9
-        raise MoeServerError(
-            f"The checkpoint needs {needed:.2f} GB and the disk of {directory} has {free:.2f} GB "
-            f"free: {needed - free:.2f} GB are missing.",
-            "Free that much, take another disk, or make a smaller checkpoint (--layers).",
-            reason=Reason.EXHAUSTED,
-        )
-
-
-def _write_json(path: Path, content: object) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Renames `partial` to `out`; what was there goes only when its successor is in place."""
-    replaced = "replaced"
-    if out.exists():
-        out.rename(partial / replaced)
-    partial.rename(out)
-    shutil.rmtree(out / replaced, ignore_errors=True)
-
-
-@contextmanager
-def _progress(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Takes the bytes of each block: a bar on a terminal, a line every few seconds elsewhere."""
-    if sys.stderr.isatty():
-        columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total_bytes)
-            yield lambda size_bytes: bar.advance(task, size_bytes)
-        return
-    started = logged = time.monotonic()
-    done_bytes = 0
-
-    def log(size_bytes: int) -> None:
-        nonlocal logged, done_bytes
-        done_bytes += size_bytes
-        now = time.monotonic()
-        if now - logged >= LOG_INTERVAL_S:
-            logged = now
-            done, total = done_bytes / 1e9, total_bytes / 1e9
-            rate = done / (now - started)
-            click.echo(f"synth: {done:.1f} of {total:.1f} GB, {rate:.2f} GB/s", err=True)
-
-    yield log
 
 
 def _shard_size(_context: click.Context, _parameter: click.Parameter, text: str) -> int:
@@ -259,6 +151,27 @@ def _shard_size(_context: click.Context, _parameter: click.Parameter, text: str)
     callback=_shard_size,
     help="Size of one safetensors file.",
 )
+@click.option(
+    "--expert-format",
+    default="checkpoint",
+    show_default=True,
+    type=click.Choice(["checkpoint", "int8", "int4"]),
+    help="int8 and int4 write a packed store directly, as `moe-server pack` would make it.",
+)
+@click.option(
+    "--group-size",
+    default=GROUP_COLUMNS,
+    show_default=True,
+    type=click.Choice(GROUP_CHOICES),
+    help="Weights that share a scale, in int4.",
+)
+@click.option(
+    "--dense-format",
+    default="checkpoint",
+    show_default=True,
+    type=click.Choice(["checkpoint", "int8"]),
+    help="int8 quantises a packed store's dense matrices, too.",
+)
 @click.option("--seed", default=0, show_default=True, help="Same seed, same bytes.")
 @click.option(
     "--force",
@@ -266,7 +179,7 @@ def _shard_size(_context: click.Context, _parameter: click.Parameter, text: str)
     help="Replace OUT whatever is in it; without this only what synth wrote there before.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON line.")
-def synth_command(out: Path, dtype: str, *, force: bool, as_json: bool, **dimensions: int) -> None:
+def synth_command(out: Path, dtype: str, *, force: bool, as_json: bool, **dimensions: Any) -> None:
     """Write a Mixtral-shaped checkpoint with random weights to the directory OUT.
 
     The defaults are Mixtral 8x7B's dimensions: 46.7 B parameters, 93.4 GB in bf16. There is no
@@ -275,9 +188,13 @@ def synth_command(out: Path, dtype: str, *, force: bool, as_json: bool, **dimens
     \b
     Example: two layers of real size, 6.3 GB
       moe-server synth /tmp/mixtral-2 --layers 2
+
+    \b
+    All layers in int4, 26 GB, without the 93 GB before
+      moe-server synth /tmp/mixtral-int4 --expert-format int4
     """  # noqa: D301 - click keeps the lines of a paragraph that starts with this character
     spec = SynthSpec(dtype=Dtype(dtype), **dimensions)
-    with _progress(spec.data_bytes) as written:
+    with progress("synth", spec.data_bytes) as written:
         report = synth(out, spec, force=force, written=written)
     if as_json:
         figures = {

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from moe_server.errors import MoeServerError
-from moe_server.synth_weights import Dtype, RandomTensor, Shard
+from moe_server.kernels.formats import GROUP_CHOICES, GROUP_COLUMNS, WeightFormat
+from moe_server.offload.layout import ExpertId
+from moe_server.packed import StoreFormat, group_files, record_name
+from moe_server.synth_records import RandomMatrix, RandomRecord
+from moe_server.synth_weights import Dtype, Fillable, RandomTensor, Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,12 @@ class SynthSpec:
     max_shard_bytes: int = 5 * 10**9
     """Data in one file; a larger tensor gets a file of its own."""
     seed: int = 0
+    expert_format: str = "checkpoint"
+    """int8 or int4: a packed store instead of a checkpoint."""
+    group_size: int = GROUP_COLUMNS
+    """Columns that share a scale, in int4."""
+    dense_format: str = "checkpoint"
+    """int8: the dense matrices of a packed store are quantised, too."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -63,6 +73,19 @@ class SynthSpec:
                 field="top_k",
             )
 
+        if self.group_size not in GROUP_CHOICES:
+            raise MoeServerError(
+                f"group_size = {self.group_size}, expected one of {GROUP_CHOICES}.",
+                "Use another --group-size.",
+                field="group_size",
+            )
+        if self.dense_format != "checkpoint" and self.stored is None:
+            raise MoeServerError(
+                f"dense_format = {self.dense_format} in a plain checkpoint.",
+                "Add --expert-format int8 or int4, which makes a packed store.",
+                field="dense_format",
+            )
+
     @property
     def parameters(self) -> int:
         """Number of weights."""
@@ -71,7 +94,19 @@ class SynthSpec:
     @property
     def data_bytes(self) -> int:
         """Bytes of all tensors."""
-        return self.parameters * self.dtype.itemsize
+        return sum(shard.data_bytes for shard in self.shards().values())
+
+    @property
+    def stored(self) -> StoreFormat | None:
+        """The format of the packed store; None: a plain checkpoint is to be made."""
+        if self.expert_format == "checkpoint":
+            return None
+        return StoreFormat(
+            WeightFormat(self.dtype.torch_name),
+            WeightFormat(self.expert_format),
+            self.group_size,
+            dense_int8=self.dense_format == "int8",
+        )
 
     def tensors(self) -> Iterator[RandomTensor]:
         """Every tensor under its hub name, in the order of the forward pass.
@@ -84,13 +119,15 @@ class SynthSpec:
         """
 
         def matrix(name: str, rows: int, columns: int, damping: int = 1) -> RandomTensor:
-            return RandomTensor(f"{name}.weight", (rows, columns), (columns * damping) ** -0.5)
+            shape, std = (rows, columns), (columns * damping) ** -0.5
+            return RandomTensor(f"{name}.weight", shape, std, self.dtype)
 
         def norm(name: str) -> RandomTensor:
-            return RandomTensor(f"{name}.weight", (self.hidden,), None)
+            return RandomTensor(f"{name}.weight", (self.hidden,), None, self.dtype)
 
         kv_width = self.hidden // self.heads * self.kv_heads
-        yield RandomTensor("model.embed_tokens.weight", (self.vocab, self.hidden), 1.0)
+        embedding = (self.vocab, self.hidden)
+        yield RandomTensor("model.embed_tokens.weight", embedding, 1.0, self.dtype)
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             yield norm(f"{prefix}.input_layernorm")
@@ -110,23 +147,41 @@ class SynthSpec:
 
     def shards(self) -> dict[str, Shard]:
         """File name -> what it holds, filled in order as the hub's files are."""
-        groups: list[list[RandomTensor]] = [[]]
-        size_bytes = 0
+        stored = self.stored
+        if stored is not None:
+            files = self._files("dense", self._stored_dense(stored))
+            files |= self._files("experts", self._records(stored))
+        else:
+            files = self._files("model", self.tensors())
+            if len(files) == 1:
+                files = {"model.safetensors": files.popitem()[1]}
+        return {name: Shard(tensors, self.seed) for name, tensors in files.items()}
+
+    def _files(self, kind: str, tensors: Iterator[Fillable]) -> dict[str, list[Fillable]]:
+        return group_files(kind, tensors, lambda one: one.entry.nbytes, self.max_shard_bytes)
+
+    def _stored_dense(self, stored: StoreFormat) -> Iterator[Fillable]:
         for tensor in self.tensors():
-            tensor_bytes = tensor.elements * self.dtype.itemsize
-            if groups[-1] and size_bytes + tensor_bytes > self.max_shard_bytes:
-                groups.append([])
-                size_bytes = 0
-            groups[-1].append(tensor)
-            size_bytes += tensor_bytes
-        count = len(groups)
-        names = [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
-        if count == 1:
-            names = ["model.safetensors"]
-        return {
-            name: Shard(group, self.dtype, self.seed)
-            for name, group in zip(names, groups, strict=True)
-        }
+            if ".experts." in tensor.name:
+                continue
+            layout = stored.dense_layout(tensor.name, tensor.shape)
+            if layout is None or tensor.std is None:
+                yield tensor
+            else:
+                matrix = RandomMatrix(0, layout, tensor.std)
+                yield RandomRecord(tensor.name, (matrix,), layout.nbytes)
+
+    def _records(self, stored: StoreFormat) -> Iterator[Fillable]:
+        layout = stored.record_layout(self.hidden, self.intermediate)
+        matrices = (
+            RandomMatrix(layout.w1_offset, layout.w13, self.hidden**-0.5),
+            RandomMatrix(layout.w3_offset, layout.w13, self.hidden**-0.5),
+            RandomMatrix(layout.w2_offset, layout.w2, self.intermediate**-0.5),
+        )
+        for layer in range(self.layers):
+            for expert in range(self.experts):
+                name = record_name(ExpertId(layer, expert))
+                yield RandomRecord(name, matrices, layout.stride_bytes)
 
     def config(self) -> dict[str, object]:
         """The config.json, as transformers >= 5.17 reads it."""

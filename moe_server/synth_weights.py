@@ -6,12 +6,11 @@ weights. Files are written in blocks that bypass the page cache: 90 GB pass thro
 limit and push nothing out. Knows nothing of models or directories; `synth` calls it.
 """
 
-import errno
 import hashlib
-import json
 import mmap
 import os
 import threading
+import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,16 +18,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-ALIGNMENT_BYTES = 4096
-"""Of the data section and of every write: what O_DIRECT asks for."""
+from moe_server.direct_file import open_direct, write_aligned
+from moe_server.offload.checksum import combine
+from moe_server.safetensors_file import TensorEntry, build_header
+
 BLOCK_BYTES = 8 * 2**20
 """What one thread fills and writes at a time."""
 CHUNK_STEPS = 2**13
@@ -37,6 +39,7 @@ WEIGHTS_PER_STEP = 8
 """A step is four 16-bit draws of two weights each."""
 
 Words = npt.NDArray[Any]
+Result = TypeVar("Result")
 
 
 class Dtype(Enum):
@@ -71,76 +74,46 @@ class Dtype(Enum):
         return ((words + 0x7FFF + (words >> 16 & 1)) >> 16).astype(np.uint16)
 
 
+class Fillable(Protocol):
+    """A tensor whose bytes can be made from any position on."""
+
+    @property
+    def entry(self) -> TensorEntry:
+        """What the header says of it."""
+
+    def fill(self, block: Words, start: int, seed: int) -> None:
+        """Makes bytes [start, start + len(block)) of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RandomTensor:
-    """One tensor to be made."""
+    """One tensor of floats to be made."""
 
     name: str
     shape: tuple[int, ...]
     std: float | None
     """Standard deviation of its normal weights; None: all ones."""
+    dtype: Dtype
 
     @property
     def elements(self) -> int:
         """How many weights."""
         return prod(self.shape)
 
-
-class Shard:
-    """One safetensors file: which bytes of its data section come from which tensor."""
-
-    __slots__ = ("_dtype", "_ends", "_seed", "data_bytes", "header", "tensors")
-
-    def __init__(self, tensors: Sequence[RandomTensor], dtype: Dtype, seed: int) -> None:
-        self.tensors = tuple(tensors)
-        self._dtype = dtype
-        self._seed = seed
-        self._ends: list[int] = []
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self.data_bytes = 0
-        for tensor in self.tensors:
-            start, self.data_bytes = (
-                self.data_bytes,
-                self.data_bytes + tensor.elements * dtype.itemsize,
-            )
-            self._ends.append(self.data_bytes)
-            entries[tensor.name] = {
-                "dtype": dtype.safetensors_name,
-                "shape": tensor.shape,
-                "data_offsets": (start, self.data_bytes),
-            }
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        # Spaces after the JSON are the format's own way to align the data section.
-        text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
-        self.header = len(text).to_bytes(8, "little") + text
-
     @property
-    def file_bytes(self) -> int:
-        """Header and data."""
-        return len(self.header) + self.data_bytes
+    def entry(self) -> TensorEntry:
+        nbytes = self.elements * self.dtype.itemsize
+        return TensorEntry(self.name, self.dtype.safetensors_name, self.shape, nbytes)
 
-    def fill(self, block: Words, start: int) -> None:
-        """Makes bytes [start, start + len(block)) of the data section; both fall on elements."""
-        stop = start + len(block)
-        position = start
-        while position < stop:
-            index = bisect_right(self._ends, position)
-            tensor, tensor_end = self.tensors[index], self._ends[index]
-            segment_end = min(tensor_end, stop)
-            first = tensor.elements - (tensor_end - position) // self._dtype.itemsize
-            segment = block[position - start : segment_end - start]
-            self._fill_segment(tensor, first, segment.view(f"u{self._dtype.itemsize}"))
-            position = segment_end
-
-    def _fill_segment(self, tensor: RandomTensor, first: int, segment: Words) -> None:
-        """Makes elements [first, first + len(segment)) of one tensor."""
-        if tensor.std is None:
-            segment[:] = self._dtype.bits(np.ones(1))
+    def fill(self, block: Words, start: int, seed: int) -> None:
+        """Makes bytes [start, start + len(block)); both ends fall on elements."""
+        segment = block.view(f"u{self.dtype.itemsize}")
+        if self.std is None:
+            segment[:] = self.dtype.bits(np.ones(1))
             return
-        pairs = _pair_table(self._dtype, tensor.std)
-        key = hashlib.blake2b(f"{self._seed}:{tensor.name}".encode(), digest_size=16).digest()
-        generator = np.random.PCG64(int.from_bytes(key, "little"))
-        step, skip = divmod(first, WEIGHTS_PER_STEP)
+        pairs = _pair_table(self.dtype, self.std)
+        generator = tensor_generator(seed, self.name)
+        step, skip = divmod(start // self.dtype.itemsize, WEIGHTS_PER_STEP)
         generator.advance(step)
         indices = np.empty(CHUNK_STEPS * WEIGHTS_PER_STEP // 2, np.intp)
         chosen = np.empty(len(indices), pairs.dtype)
@@ -155,6 +128,65 @@ class Shard:
             segment[position : position + len(weights)] = weights
             position += len(weights)
             skip = 0
+
+
+def tensor_generator(seed: int, name: str) -> np.random.PCG64:
+    """The stream of a tensor, which depends on nothing else."""
+    key = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest()
+    return np.random.PCG64(int.from_bytes(key, "little"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a tensor that lies in one block."""
+
+    tensor: Fillable
+    tensor_start: int
+    block_start: int
+    nbytes: int
+
+
+class Shard:
+    """One safetensors file: which bytes of its data section come from which tensor."""
+
+    __slots__ = ("_ends", "_seed", "data_bytes", "header", "tensors")
+
+    def __init__(self, tensors: Sequence[Fillable], seed: int) -> None:
+        self.tensors = tuple(tensors)
+        self._seed = seed
+        entries = [tensor.entry for tensor in tensors]
+        self._ends = list(accumulate(entry.nbytes for entry in entries))
+        self.data_bytes = self._ends[-1]
+        self.header = build_header(entries)
+
+    @property
+    def file_bytes(self) -> int:
+        """Header and data."""
+        return len(self.header) + self.data_bytes
+
+    def fill(self, block: Words, start: int) -> list[tuple[str, int, int]]:
+        """Makes bytes [start, start + len(block)) of the data section; both fall on elements.
+
+        Returns:
+            (name, CRC-32, bytes) of each tensor's part in the block, in order.
+        """
+        checksums = []
+        for piece in self._pieces(start, start + len(block)):
+            part = block[piece.block_start :][: piece.nbytes]
+            piece.tensor.fill(part, piece.tensor_start, self._seed)
+            checksums.append((piece.tensor.entry.name, zlib.crc32(part.data), piece.nbytes))
+        return checksums
+
+    def _pieces(self, start: int, stop: int) -> Iterator[_Piece]:
+        position = start
+        while position < stop:
+            index = bisect_right(self._ends, position)
+            tensor_start = self._ends[index - 1] if index else 0
+            end = min(self._ends[index], stop)
+            yield _Piece(
+                self.tensors[index], position - tensor_start, position - start, end - position
+            )
+            position = end
 
 
 @lru_cache
@@ -175,7 +207,9 @@ def _standard_quantiles() -> npt.NDArray[np.float64]:
     return np.array([quantile((index + 0.5) / 2**16) for index in range(2**16)])
 
 
-def write_shard(path: Path, shard: Shard, threads: int, written: Callable[[int], None]) -> None:
+def write_shard(
+    path: Path, shard: Shard, threads: int, written: Callable[[int], None]
+) -> dict[str, int]:
     """Writes one safetensors file to stable storage.
 
     Args:
@@ -184,33 +218,39 @@ def write_shard(path: Path, shard: Shard, threads: int, written: Callable[[int],
         threads: Threads that fill and write blocks of `BLOCK_BYTES`, each with one block of memory.
         written: Called in the calling thread with the bytes of each block that is on its way.
 
+    Returns:
+        Each tensor's CRC-32.
+
     Raises:
         OSError: The disk is full or failed; the file is left incomplete.
     """
     scratch = _Scratch()
-    file = _open_direct(path)
+    file = open_direct(path)
     executor = ThreadPoolExecutor(threads, "synth")
+    crc32 = {tensor.entry.name: 0 for tensor in shard.tensors}
 
-    def write_block(start: int) -> int:
+    def write_block(start: int) -> list[tuple[str, int, int]]:
         stop = min(start + BLOCK_BYTES, shard.data_bytes)
-        shard.fill(scratch.words[: stop - start], start)
-        _write(file, scratch.memory, stop - start, len(shard.header) + start)
-        return stop - start
+        checksums = shard.fill(scratch.words[: stop - start], start)
+        write_aligned(file, scratch.memory, stop - start, len(shard.header) + start)
+        return checksums
 
     try:
         header = mmap.mmap(-1, len(shard.header))
         header[:] = shard.header
-        _write(file, header, len(header), 0)
-        for size_bytes in _in_order(
-            executor, write_block, range(0, shard.data_bytes, BLOCK_BYTES), 2 * threads
-        ):
-            written(size_bytes)
+        write_aligned(file, header, len(header), 0)
+        starts = range(0, shard.data_bytes, BLOCK_BYTES)
+        for checksums in _in_order(executor, write_block, starts, 2 * threads):
+            for name, checksum, nbytes in checksums:
+                crc32[name] = combine(crc32[name], checksum, nbytes)
+                written(nbytes)
         os.ftruncate(file, shard.file_bytes)  # the last block was written up to its alignment
         os.fsync(file)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         executor.shutdown(cancel_futures=True)
         os.close(file)
+    return crc32
 
 
 class _Scratch(threading.local):
@@ -221,32 +261,11 @@ class _Scratch(threading.local):
         self.words: Words = np.frombuffer(self.memory, np.uint8)
 
 
-def _open_direct(path: Path) -> int:
-    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o666)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return os.open(path, flags, 0o666)  # tmpfs and some others have no O_DIRECT
-
-
-def _write(file: int, memory: mmap.mmap, size_bytes: int, offset: int) -> None:
-    """Writes the first `size_bytes` of `memory`, and what follows them up to the alignment."""
-    stop = -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-    with memoryview(memory) as view:
-        position = 0
-        while position < stop:
-            position += os.pwrite(file, view[position:stop], offset + position)
-    # Without O_DIRECT: start writing the pages out now, so that they can be dropped soon.
-    os.posix_fadvise(file, offset, stop, os.POSIX_FADV_DONTNEED)
-
-
 def _in_order(
-    executor: ThreadPoolExecutor, task: Callable[[int], int], inputs: Iterable[int], ahead: int
-) -> Iterator[int]:
+    executor: ThreadPoolExecutor, task: Callable[[int], Result], inputs: Iterable[int], ahead: int
+) -> Iterator[Result]:
     """`executor.map` that has no more than `ahead` tasks under way or waiting."""
-    futures: deque[Future[int]] = deque()
+    futures: deque[Future[Result]] = deque()
     for item in inputs:
         if len(futures) == ahead:
             yield futures.popleft().result()

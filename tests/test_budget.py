@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from moe_server import budget
 from moe_server.budget import MemoryPlan, check_room, format_bytes, plan_memory
-from moe_server.checkpoint import Checkpoint, TensorLocation
+from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import Config, load_config
 from moe_server.errors import MoeServerError, Reason
+from moe_server.kernels.formats import GROUP_COLUMNS, WeightFormat
 from moe_server.offload.layout import ExpertId
+from moe_server.packed import StoreFormat
+from moe_server.safetensors_file import TensorLocation
 
 GIB = 2**30
 
@@ -33,12 +36,13 @@ def make_checkpoint(
 ) -> Checkpoint:
     """What a checkpoint says of itself; no file is behind it."""
     dense_bytes = (2 * vocab * hidden + layers * hidden * 3) * itemsize
-    nowhere = TensorLocation(Path("shard"), 0, dense_bytes, "BF16", (dense_bytes // itemsize,))
+    shape = (dense_bytes // itemsize,)
+    nowhere = TensorLocation(Path("shard"), 0, dense_bytes, "BF16", shape)
+    dtype = {2: WeightFormat.BFLOAT16, 4: WeightFormat.FLOAT32}[itemsize]
     return Checkpoint(
         path=Path("model"),
         architecture="MixtralForCausalLM",
-        dtype={2: "bfloat16", 4: "float32"}[itemsize],
-        itemsize=itemsize,
+        stored=StoreFormat(dtype, dtype, GROUP_COLUMNS),
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -51,7 +55,7 @@ def make_checkpoint(
         max_context_tokens=context,
         bos_token_id=None,
         eos_token_ids=(),
-        dense={"all": nowhere},
+        dense={"all": DenseTensor(nowhere, shape, None, None)},
         experts={  # type: ignore[misc]
             ExpertId(layer, expert): None for layer in range(layers) for expert in range(experts)
         },

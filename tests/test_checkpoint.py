@@ -81,15 +81,19 @@ def edited_header(file: Path) -> Iterator[dict[str, Any]]:
 
 def assert_sound(checkpoint: Checkpoint) -> None:
     """Every tensor is where a reader can get it."""
-    tensors = list(checkpoint.dense.values())
-    for expert in checkpoint.experts.values():
-        tensors += [expert.w1, expert.w3, expert.w2]
-    for tensor in tensors:
-        assert type(tensor.offset) is int
-        assert type(tensor.nbytes) is int
+    places = [(tensor.file, tensor.offset, tensor.nbytes) for tensor in checkpoint.dense.values()]
+    places += [
+        (part.file, part.file_offset, part.nbytes)
+        for expert in checkpoint.experts
+        for part in checkpoint.record_segments(expert)
+    ]
+    for file, offset, nbytes in places:
+        assert type(offset) is int
+        assert type(nbytes) is int
+        assert offset >= 8
+        assert offset + nbytes <= file.stat().st_size
+    for tensor in checkpoint.dense.values():
         assert all(type(size) is int for size in tensor.shape)
-        assert tensor.offset >= 8
-        assert tensor.offset + tensor.nbytes <= tensor.file.stat().st_size
     assert type(checkpoint.max_context_tokens) is int
     assert checkpoint.max_context_tokens >= 1
     assert all(type(token) is int and token >= 0 for token in checkpoint.eos_token_ids)

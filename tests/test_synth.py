@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from moe_server import synth as synth_module
+from moe_server import progress as progress_module
 from moe_server import synth_weights
 from moe_server.errors import MoeServerError, Reason
 from moe_server.synth import synth, synth_command
@@ -326,7 +326,7 @@ def test_the_command_reports_json(tmp_path: Path) -> None:
 def test_the_command_logs_lines_where_there_is_no_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(synth_module, "LOG_INTERVAL_S", 0)
+    monkeypatch.setattr(progress_module, "LOG_INTERVAL_S", 0)
     result = CliRunner().invoke(
         synth_command, [str(tmp_path / "m"), *TINY_FLAGS, "--max-shard-size", "1kB"]
     )
