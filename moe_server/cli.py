@@ -36,6 +36,7 @@ COMMANDS = {
     "plan": "moe_server.commands.plan:plan",
     "check-config": "moe_server.commands.plan:check_config",
     "doctor": "moe_server.commands.doctor:doctor",
+    "pack": "moe_server.commands.pack:pack_command",
     "synth": "moe_server.synth:synth_command",
 }
 
