@@ -48,7 +48,7 @@ setup(
     ext_modules=[CPU_KERNELS],
     packages=find_namespace_packages(include=["moe_server*"]),
     package_data={
-        "moe_server": ["py.typed"],
+        "moe_server": ["py.typed", "drift_text.txt"],
         "moe_server.demo": ["*.json", "*.safetensors", "README.md"],
         "moe_server.proto": ["buf.yaml", "moe_server/v1/*.proto", "moe_server/v1/*.pyi"],
     },

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
 from moe_server.errors import MoeServerError, Reason
+from moe_server.kernels.formats import GROUP_CHOICES
 
 RUNTIME_BYTES = 290 * 2**20
 """The engine process before it holds any of the model: 264 MiB of imports (torch 2.13, transformers
@@ -24,6 +25,9 @@ READ_BLOCK_BYTES = 8 * 2**20
 
 QUERY_TILE_TOKENS = 16
 """Positions of a prompt that attention takes at once; tiles begin at multiples of it."""
+
+DEQUANTISED_ROWS = 512
+"""Rows of an integer matrix that torch computes with at once where no kernel does."""
 
 CUDA_STAGING_RECORDS = 2
 """On CUDA an expert passes through pinned host memory on its way from disk."""
@@ -99,7 +103,9 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
 
     Raises:
         MoeServerError: A budget that cannot run anything; the message says the smallest that can.
+            Or the experts are stored in another format than the configuration asks for.
     """
+    _refuse_other_format(config, checkpoint)
     block_tokens = config.scheduler.block_tokens
     max_request = min(checkpoint.max_context_tokens, config.max_total_tokens)
     num_blocks = -(-config.max_total_tokens // block_tokens)
@@ -225,6 +231,21 @@ def format_bytes(count: int) -> str:
     return f"{value:.2f} TiB"
 
 
+def _refuse_other_format(config: Config, checkpoint: Checkpoint) -> None:
+    wanted, found = config.expert_format, checkpoint.stored.experts
+    is_wanted = found.value == wanted
+    if wanted == "bf16":
+        is_wanted = not found.is_integer and found.itemsize == 2
+    if wanted != "checkpoint" and not is_wanted:
+        raise MoeServerError(
+            f"expert_format is {wanted}, but {checkpoint.path} stores its experts in "
+            f"{found.value}.",
+            f"Make a store with `moe-server pack CHECKPOINT OUT --format {wanted}` and give its "
+            "directory, or leave expert_format out.",
+            field="expert_format",
+        )
+
+
 def _device_budget(config: Config, minimum: int, everything: int) -> int:
     if config.device_memory == "min":
         return minimum
@@ -256,12 +277,24 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     picks = tokens * checkpoint.num_experts_per_token
     # Outputs of all picks; one choice at a time is widened, weighted and added.
     combining = picks * hidden * item + tokens * hidden * (2 * item + 8)
-    one_expert = tokens * (2 * hidden * item + 4 * checkpoint.intermediate_size * item)
+    intermediate = checkpoint.intermediate_size
+    # Rows in and out; gate, up and their product in float32, and as the products want them.
+    one_expert = tokens * (2 * hidden * item + intermediate * (3 * 4 + item))
+    if checkpoint.stored.experts.is_integer:
+        one_expert += _quantised_bytes(tokens, hidden) + _quantised_bytes(tokens, intermediate)
+        # Without compiled kernels some rows of a matrix are dequantised at a time, in four steps.
+        one_expert += 4 * 4 * DEQUANTISED_ROWS * max(hidden, intermediate)
     experts = combining + one_expert
     # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
     logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)
     reading = config.read_threads * (READ_BLOCK_BYTES + 2 * 4096) if config.device == "cpu" else 0
     return residual + max(attention, experts, logits) + reading
+
+
+def _quantised_bytes(rows: int, columns: int) -> int:
+    """Activations as int8 codes, with a scale and a sum for each group."""
+    groups = -(-columns // min(GROUP_CHOICES))
+    return rows * groups * (min(GROUP_CHOICES) + 2 * 4)
 
 
 def usable_cores() -> int:

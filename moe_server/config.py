@@ -145,8 +145,9 @@ class Config(Section):
     device are read from disk."""
     max_total_tokens: int = Field(16384, ge=2)
     """Tokens the KV cache holds, over all running requests; also bounds one request."""
-    expert_format: Literal["checkpoint"] = "checkpoint"
-    """How expert weights are stored; "checkpoint" keeps the checkpoint's own dtype."""
+    expert_format: Literal["checkpoint", "bf16", "int8", "int4"] = "checkpoint"
+    """How `model` stores its expert weights. "checkpoint": however it does; anything else is
+    refused if it differs (bf16 stands for any 16-bit float). `moe-server pack` converts."""
     dense_backend: Literal["zero3", "resident"] = "zero3"
     """zero3: the dense weights live under DeepSpeed ZeRO-3; resident: plainly on the device."""
     zero3_config: Path | None = None

@@ -71,6 +71,7 @@ class PackReport:
     resumed: int
     """Records that an earlier run had made."""
     seconds: float
+    """Until all of it was on the disk, and before its quality was measured."""
     quality: Mapping[str, Any]
 
 
@@ -138,6 +139,7 @@ def pack(
         origin = {"path": str(source.resolve()), "files": identity["source"]}
         rounding = _relative_errors(journal.finished, checkpoint)
         Manifest(stored, files, crc32, origin, rounding).write(partial)
+        seconds = time.perf_counter() - started
         quality = assess(partial, rounding)
         if _source_files(read_checkpoint(source)) != identity["source"]:
             raise MoeServerError(
@@ -151,7 +153,7 @@ def pack(
         size_bytes=sum(files.values()),
         records=len(checkpoint.experts),
         resumed=resumed,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         quality=quality,
     )
 

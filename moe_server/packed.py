@@ -54,6 +54,12 @@ class StoreFormat:
             "dense_format": "int8" if self.dense_int8 else "checkpoint",
         }
 
+    @property
+    def experts_text(self) -> str:
+        """The experts' format, for people."""
+        groups = f", groups of {self.group_columns}" if self.experts is WeightFormat.INT4 else ""
+        return self.experts.value + groups
+
     def record_layout(self, hidden_size: int, intermediate_size: int) -> RecordLayout:
         return RecordLayout(hidden_size, intermediate_size, self.experts, self.group_columns)
 

@@ -75,7 +75,7 @@ def _metavar(key: str) -> str:
         "host_memory": "BYTES|64GiB",
         "dense_backend": "zero3|resident",
         "zero3_config": "FILE",
-        "expert_format": "checkpoint",
+        "expert_format": "checkpoint|bf16|int8|int4",
         "model_name": "NAME",
     }
     return metavars.get(key, "N")

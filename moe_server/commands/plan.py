@@ -24,6 +24,8 @@ def plan(config: Config, *, as_json: bool) -> None:
         print_table(
             [
                 ("model", f"{checkpoint.architecture}, {checkpoint.dtype}"),
+                ("experts stored in", checkpoint.stored.experts_text),
+                ("dense stored in", "int8" if checkpoint.stored.dense_int8 else checkpoint.dtype),
                 ("parameters", f"{checkpoint.num_parameters:,}"),
                 *memory.table(),
             ],
@@ -36,7 +38,7 @@ def plan(config: Config, *, as_json: bool) -> None:
         "records_bytes": memory.records_bytes,
         "minimum_device_bytes": memory.minimum_device_bytes,
         "architecture": checkpoint.architecture,
-        "dtype": checkpoint.dtype,
+        **checkpoint.stored.names,
         "num_parameters": checkpoint.num_parameters,
         "num_active_parameters": checkpoint.num_active_parameters,
     }
