@@ -16,10 +16,12 @@ from typing import Any
 from moe_server.errors import MoeServerError, Reason
 from moe_server.json_file import read_json
 from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
+from moe_server.offload.checksum import PIECE_BYTES
 from moe_server.offload.layout import PAGE_BYTES, ExpertId, RecordLayout, Segment
 from moe_server.packed import (
     BYTES_DTYPE,
     MANIFEST_FILE,
+    Manifest,
     StoreFormat,
     hub_name,
     read_headers,
@@ -54,8 +56,6 @@ class DenseTensor:
     """Of the weights."""
     layout: MatrixLayout | None
     """How a quantised one lies in its bytes; None: row-major, in the model's dtype."""
-    crc32: int | None
-    """Of its bytes; None in a checkpoint that has no checksums."""
 
     @property
     def file(self) -> Path:
@@ -68,16 +68,6 @@ class DenseTensor:
     @property
     def nbytes(self) -> int:
         return self.location.nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertRecord:
-    """Where an expert's record is."""
-
-    segments: tuple[Segment, ...]
-    """Its parts on disk: one in a packed store, else w1, w3 and w2, in any files at any offsets."""
-    crc32: int | None
-    """Of all its bytes; None in a checkpoint that has no checksums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +92,11 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]
     dense: Mapping[str, DenseTensor]
     """Everything but the experts, by the name of its parameter in the transformers module."""
-    experts: Mapping[ExpertId, ExpertRecord]
+    experts: Mapping[ExpertId, tuple[Segment, ...]]
+    """Where each record is: in one place in a packed store, else w1, w3 and w2, anywhere."""
+    checksums: Mapping[tuple[Path, int], int]
+    """XXH3 of each piece of every tensor, by file and offset, as `offload.checksum` takes them;
+    empty where nobody wrote any down."""
 
     @property
     def dtype(self) -> str:
@@ -120,11 +114,7 @@ class Checkpoint:
 
     def record_segments(self, expert: ExpertId) -> tuple[Segment, ...]:
         """Where the bytes of an expert's record are: straight in the files, nothing is copied."""
-        return self.experts[expert].segments
-
-    def record_checksum(self, expert: ExpertId) -> int | None:
-        """CRC-32 of an expert's whole record; None in a checkpoint that has no checksums."""
-        return self.experts[expert].crc32
+        return self.experts[expert]
 
     @property
     def dense_bytes(self) -> int:
@@ -189,7 +179,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = read_headers(path, manifest)
         stored = manifest.format
         read_expert = _expert_in_store
-    source = _Source(path, tensors, stored, sizes, {} if manifest is None else manifest.crc32)
+    checksums = {} if manifest is None else _checksums(manifest, tensors)
+    source = _Source(path, tensors, stored, sizes)
     experts = {
         ExpertId(layer, expert): read_expert(source, ExpertId(layer, expert))
         for layer in range(sizes["num_hidden_layers"])
@@ -218,6 +209,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         eos_token_ids=_eos_token_ids(config, path),
         dense=dense,
         experts=experts,
+        checksums=checksums,
     )
 
 
@@ -230,7 +222,6 @@ class _Source:
     """Those that nothing has taken yet."""
     stored: StoreFormat
     sizes: Mapping[str, int]
-    crc32: Mapping[str, int]
 
     @property
     def dtype(self) -> str:
@@ -363,7 +354,7 @@ def _dense_parameters(
         yield "lm_head.weight", (vocab, hidden)
 
 
-def _expert_in_shards(source: _Source, expert: ExpertId) -> ExpertRecord:
+def _expert_in_shards(source: _Source, expert: ExpertId) -> tuple[Segment, ...]:
     layout = source.stored.record_layout(
         source.sizes["hidden_size"], source.sizes["intermediate_size"]
     )
@@ -376,10 +367,10 @@ def _expert_in_shards(source: _Source, expert: ExpertId) -> ExpertRecord:
     ):
         tensor = _take(source, f"{record_name(expert)}.{matrix}.weight", source.dtype, shape)
         segments.append(Segment(tensor.file, tensor.offset, tensor.nbytes, record_offset))
-    return ExpertRecord(tuple(segments), None)
+    return tuple(segments)
 
 
-def _expert_in_store(source: _Source, expert: ExpertId) -> ExpertRecord:
+def _expert_in_store(source: _Source, expert: ExpertId) -> tuple[Segment, ...]:
     layout = source.stored.record_layout(
         source.sizes["hidden_size"], source.sizes["intermediate_size"]
     )
@@ -392,8 +383,7 @@ def _expert_in_store(source: _Source, expert: ExpertId) -> ExpertRecord:
             "Copy the store again, or pack the checkpoint again.",
             field="model",
         )
-    segment = Segment(tensor.file, tensor.offset, tensor.nbytes, 0)
-    return ExpertRecord((segment,), _checksum(source, name))
+    return (Segment(tensor.file, tensor.offset, tensor.nbytes, 0),)
 
 
 def _dense_tensor(source: _Source, name: str, shape: tuple[int, ...]) -> DenseTensor:
@@ -402,18 +392,25 @@ def _dense_tensor(source: _Source, name: str, shape: tuple[int, ...]) -> DenseTe
         location = _take(source, name, source.dtype, shape)
     else:
         location = _take(source, name, BYTES_DTYPE, (layout.nbytes,))
-    crc32 = _checksum(source, name) if source.crc32 else None
-    return DenseTensor(location, shape, layout, crc32)
+    return DenseTensor(location, shape, layout)
 
 
-def _checksum(source: _Source, name: str) -> int:
-    if name not in source.crc32:
-        raise MoeServerError(
-            f"{source.path / MANIFEST_FILE} has no checksum of {name}.",
-            "Copy the store again, or pack the checkpoint again.",
-            field="model",
-        )
-    return source.crc32[name]
+def _checksums(
+    manifest: Manifest, tensors: Mapping[str, TensorLocation]
+) -> dict[tuple[Path, int], int]:
+    checksums: dict[tuple[Path, int], int] = {}
+    for name, tensor in tensors.items():
+        pieces = manifest.checksums.get(name, ())
+        if len(pieces) != -(-tensor.nbytes // PIECE_BYTES):
+            raise MoeServerError(
+                f"{tensor.file.parent / MANIFEST_FILE} has {len(pieces)} checksums of {name}, "
+                f"which has {tensor.nbytes} bytes.",
+                "Copy the store again, or pack the checkpoint again.",
+                field="model",
+            )
+        for number, checksum in enumerate(pieces):
+            checksums[tensor.file, tensor.offset + number * PIECE_BYTES] = checksum
+    return checksums
 
 
 def _compute_dtype(tensors: Mapping[str, TensorLocation], path: Path) -> WeightFormat:

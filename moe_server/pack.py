@@ -28,6 +28,7 @@ from moe_server.packed import (
     MAX_FILE_BYTES,
     Manifest,
     StoreFormat,
+    from_hex,
     hub_name,
     record_name,
 )
@@ -125,10 +126,10 @@ def pack(
                 if file.is_file():
                     _copy(file, partial / file.name)
         files = {name: part.file_bytes for name, part in plan.files.items()}
-        crc32 = {name: done.crc32 for name, done in journal.finished.items()}
+        sums = {name: from_hex(done.checksums) for name, done in journal.finished.items()}
         origin = {"path": str(source.resolve()), "files": identity["source"]}
         rounding = _relative_errors(journal.finished, checkpoint)
-        Manifest(stored, files, crc32, origin, rounding).write(partial)
+        Manifest(stored, files, sums, origin, rounding).write(partial)
         seconds = time.perf_counter() - started
         quality = assess(partial, rounding)
         if _source_files(read_checkpoint(source)) != identity["source"]:
@@ -137,7 +138,7 @@ def pack(
                 "Pack it again, with --force, once it stays as it is.",
                 reason=Reason.UNAVAILABLE,
             )
-        Manifest(stored, files, crc32, origin, quality).write(partial)
+        Manifest(stored, files, sums, origin, quality).write(partial)
     return PackReport(
         path=out,
         size_bytes=sum(files.values()),
@@ -194,8 +195,8 @@ def choose_format(
 def _source_files(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Every file that the weights come from: its size, and when it last changed, in ns."""
     files = {tensor.file for tensor in checkpoint.dense.values()}
-    for record in checkpoint.experts.values():
-        files |= {segment.file for segment in record.segments}
+    for segments in checkpoint.experts.values():
+        files |= {segment.file for segment in segments}
     files.add(checkpoint.path / "config.json")
     stats = {file.name: file.stat() for file in sorted(files)}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

@@ -6,7 +6,6 @@ checked and kept. `pack` calls it; `pack_matrices` makes the bytes.
 
 import mmap
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,17 +15,15 @@ from itertools import accumulate
 from pathlib import Path
 
 from moe_server.checkpoint import DTYPES, Checkpoint, DenseTensor
-from moe_server.direct_file import open_direct, write_aligned
 from moe_server.kernels.formats import MatrixLayout
+from moe_server.large_file import LargeFile
+from moe_server.offload.checksum import PIECE_BYTES, checksums
 from moe_server.offload.layout import PAGE_BYTES, ExpertId
 from moe_server.offload.pages import map_pages
 from moe_server.pack_journal import Finished, Journal
 from moe_server.pack_matrices import MatrixMaker, RoundingError
-from moe_server.packed import BYTES_DTYPE, StoreFormat, group_files, hub_name, record_name
+from moe_server.packed import BYTES_DTYPE, StoreFormat, group_files, hub_name, record_name, to_hex
 from moe_server.safetensors_file import TensorEntry, build_header
-
-VERIFY_BYTES = 8 * 2**20
-"""Read at a time to check what an earlier run wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,10 @@ def write_store(
             _write_header(path, file.header)
             for member, offset in file.places:
                 done = journal.finished.get(member.entry.name)
-                if done is not None and _crc32(path, offset, member.entry.nbytes) == done.crc32:
+                if (
+                    done is not None
+                    and _checksums(path, offset, member.entry.nbytes) == done.checksums
+                ):
                     resumed += isinstance(member.source, ExpertId)
                     written(member.entry.nbytes)
                     continue
@@ -134,47 +134,30 @@ def _write_member(
     path: Path, offset: int, entry: TensorEntry, buffer: mmap.mmap, rounding: RoundingError
 ) -> Finished:
     """Brings a tensor to stable storage."""
-    aligned = (offset | entry.nbytes) % PAGE_BYTES == 0
-    file = open_direct(path, truncate=False) if aligned else os.open(path, os.O_WRONLY)
-    try:
-        if aligned:
-            write_aligned(file, buffer, entry.nbytes, offset)
-        else:
-            _write_all(file, memoryview(buffer)[: entry.nbytes], offset)
-        os.fdatasync(file)
-        os.posix_fadvise(file, offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
-    with memoryview(buffer) as view:
-        crc32 = zlib.crc32(view[: entry.nbytes])
-    return Finished(entry.name, crc32, rounding.squared_error, rounding.squared_norm)
+    with closing(LargeFile(path, keep=True)) as file:
+        file.write(buffer, entry.nbytes, offset)
+        file.sync()
+    pieces = to_hex(checksums(memoryview(buffer)[: entry.nbytes]))
+    return Finished(entry.name, pieces, rounding.squared_error, rounding.squared_norm)
 
 
 def _write_header(path: Path, header: bytes) -> None:
-    file = os.open(path, os.O_CREAT | os.O_WRONLY, 0o666)
-    try:
-        _write_all(file, memoryview(header), 0)
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
+    memory = map_pages(len(header))
+    memory[:] = header
+    with closing(LargeFile(path, keep=True)) as file:
+        file.write(memory, len(header), 0)
+        file.sync()
 
 
-def _write_all(file: int, view: memoryview, offset: int) -> None:
-    position = 0
-    while position < len(view):
-        position += os.pwrite(file, view[position:], offset + position)
-
-
-def _crc32(path: Path, offset: int, nbytes: int) -> int:
-    """Of what is on the disk; a file that ends before gives another one."""
-    crc32 = 0
+def _checksums(path: Path, offset: int, nbytes: int) -> str:
+    """Of what is on the disk; where the file ends before, they are other ones."""
+    pieces: list[int] = []
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        for start in range(0, nbytes, VERIFY_BYTES):
-            crc32 = zlib.crc32(file.read(min(VERIFY_BYTES, nbytes - start)), crc32)
+        for start in range(0, nbytes, PIECE_BYTES):
+            pieces += checksums(memoryview(file.read(min(PIECE_BYTES, nbytes - start))))
             os.posix_fadvise(file.fileno(), offset, start, os.POSIX_FADV_DONTNEED)
-    return crc32
+    return to_hex(pieces)
 
 
 def _whole_pages(nbytes: int) -> int:

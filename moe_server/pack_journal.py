@@ -22,7 +22,8 @@ class Finished:
     """A tensor whose bytes are on the disk."""
 
     name: str
-    crc32: int
+    checksums: str
+    """Of its pieces, as the manifest has them."""
     squared_error: float = 0.0
     """Of its weights, summed, against the source; 0 where nothing was quantised."""
     squared_norm: float = 0.0

@@ -4,14 +4,14 @@ Beside the checkpoint's own JSON and tokenizer files it holds
 
     experts-0000N-of-M.safetensors   one U8 tensor per expert, its record, in the order of a pass
     dense-0000N-of-M.safetensors     everything else, under its Hugging Face name
-    moe_server.json                  the manifest: formats, sizes, a CRC-32 of every tensor
+    moe_server.json                  the manifest: formats, sizes, checksums of every tensor
 
 All are valid safetensors files. This module knows names, shapes and the manifest; how weights lie
 in a record is `kernels.formats`' business. Pure Python: `checkpoint` reads with it, `pack` and
 `synth` write with it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from moe_server.errors import MoeServerError, Reason
 from moe_server.json_file import read_json, write_json
 from moe_server.kernels.formats import GROUP_CHOICES, MatrixLayout, WeightFormat
+from moe_server.offload.checksum import PIECE_BYTES
 from moe_server.offload.layout import ExpertId, RecordLayout
 from moe_server.safetensors_file import TensorLocation, read_header
 
@@ -26,6 +27,7 @@ MANIFEST_FILE = "moe_server.json"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 5 * 10**9
 """Data in one file, as on the hub."""
+CHECKSUM = {"algorithm": "xxh3_64", "piece_bytes": PIECE_BYTES}
 BYTES_DTYPE = "U8"
 """The safetensors dtype of records and quantised matrices."""
 
@@ -77,8 +79,8 @@ class Manifest:
     format: StoreFormat
     files: Mapping[str, int]
     """Safetensors file -> its bytes."""
-    crc32: Mapping[str, int]
-    """Tensor -> the CRC-32 of its bytes."""
+    checksums: Mapping[str, Sequence[int]]
+    """Tensor -> XXH3 of each of its pieces, in order (`offload.checksum`)."""
     source: Mapping[str, Any] = field(default_factory=dict)
     """What the store was made from."""
     quality: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +92,8 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             **self.format.names,
             "files": self.files,
-            "crc32": self.crc32,
+            "checksum": CHECKSUM,
+            "checksums": {name: to_hex(pieces) for name, pieces in self.checksums.items()},
             "source": self.source,
             "quality": self.quality,
         }
@@ -133,6 +136,20 @@ def group_files(
     }
 
 
+def to_hex(checksums: Iterable[int]) -> str:
+    """Checksums in a row, 16 digits each: JSON readers round whole numbers of 64 bits."""
+    return "".join(f"{checksum:016x}" for checksum in checksums)
+
+
+def from_hex(text: str) -> list[int]:
+    """What `to_hex` was given.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    return [int(text[start : start + 16], 16) for start in range(0, len(text), 16)]
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Reads and checks the manifest.
 
@@ -171,13 +188,14 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         raise ValueError(f"{stored.experts.value} experts in a model of {stored.dtype.value}")
     if stored.group_columns not in GROUP_CHOICES:
         raise ValueError(f"group_columns {stored.group_columns!r}")
-    tables = content["files"], content["crc32"]
-    for table in tables:
-        if not all(type(value) is int and value >= 0 for value in table.values()):
-            raise TypeError("sizes and checksums must be whole numbers")
+    if not all(type(size_bytes) is int for size_bytes in content["files"].values()):
+        raise TypeError("sizes of files must be whole numbers")
+    if content["checksum"] != CHECKSUM:
+        raise ValueError(f"checksum {content['checksum']!r}")
     if any(Path(name).name != name for name in content["files"]):
         raise ValueError("a file outside of the directory")
-    return Manifest(stored, *tables, content["source"], content["quality"])
+    checksums = {name: from_hex(text) for name, text in content["checksums"].items()}
+    return Manifest(stored, content["files"], checksums, content["source"], content["quality"])
 
 
 def read_headers(directory: Path, manifest: Manifest) -> dict[str, TensorLocation]:

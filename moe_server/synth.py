@@ -96,12 +96,12 @@ def synth(
         )
         made_from = asdict(spec) | {"dtype": spec.dtype.value}
         write_json(partial / MARKER, made_from)
-        crc32: dict[str, int] = {}
+        sums: dict[str, list[int]] = {}
         for name, shard in shards.items():
-            crc32 |= write_shard(partial / name, shard, threads, written)
+            sums |= write_shard(partial / name, shard, threads, written)
         if spec.stored is not None:
             files = {name: shard.file_bytes for name, shard in shards.items()}
-            Manifest(spec.stored, files, crc32, {"synth": made_from}).write(partial)
+            Manifest(spec.stored, files, sums, {"synth": made_from}).write(partial)
         elif len(shards) > 1:
             weight_map = {
                 tensor.entry.name: name

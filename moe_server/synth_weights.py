@@ -8,17 +8,14 @@ limit and push nothing out. Knows nothing of models or directories; `synth` call
 
 import hashlib
 import mmap
-import os
 import threading
-import zlib
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from statistics import NormalDist
@@ -27,12 +24,12 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from moe_server.direct_file import open_direct, write_aligned
-from moe_server.offload.checksum import combine
+from moe_server.large_file import LargeFile
+from moe_server.offload.checksum import checksums
 from moe_server.safetensors_file import TensorEntry, build_header
 
 BLOCK_BYTES = 8 * 2**20
-"""What one thread fills and writes at a time."""
+"""What one thread fills and writes at a time: whole pieces of `offload.checksum`."""
 CHUNK_STEPS = 2**13
 """64-bit generator steps per draw and look-up: everything they touch stays in the core's cache."""
 WEIGHTS_PER_STEP = 8
@@ -137,56 +134,41 @@ def tensor_generator(seed: int, name: str) -> np.random.PCG64:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a tensor that lies in one block."""
+class Block:
+    """A part of a tensor that one thread makes and writes."""
 
     tensor: Fillable
-    tensor_start: int
-    block_start: int
+    start: int
+    """Where in the tensor it begins."""
+    offset: int
+    """Where in the file."""
     nbytes: int
 
 
 class Shard:
-    """One safetensors file: which bytes of its data section come from which tensor."""
+    """One safetensors file."""
 
-    __slots__ = ("_ends", "_seed", "data_bytes", "header", "tensors")
+    __slots__ = ("data_bytes", "header", "seed", "tensors")
 
     def __init__(self, tensors: Sequence[Fillable], seed: int) -> None:
         self.tensors = tuple(tensors)
-        self._seed = seed
-        entries = [tensor.entry for tensor in tensors]
-        self._ends = list(accumulate(entry.nbytes for entry in entries))
-        self.data_bytes = self._ends[-1]
-        self.header = build_header(entries)
+        self.seed = seed
+        self.header = build_header(tensor.entry for tensor in tensors)
+        self.data_bytes = sum(tensor.entry.nbytes for tensor in tensors)
 
     @property
     def file_bytes(self) -> int:
         """Header and data."""
         return len(self.header) + self.data_bytes
 
-    def fill(self, block: Words, start: int) -> list[tuple[str, int, int]]:
-        """Makes bytes [start, start + len(block)) of the data section; both fall on elements.
-
-        Returns:
-            (name, CRC-32, bytes) of each tensor's part in the block, in order.
-        """
-        checksums = []
-        for piece in self._pieces(start, start + len(block)):
-            part = block[piece.block_start :][: piece.nbytes]
-            piece.tensor.fill(part, piece.tensor_start, self._seed)
-            checksums.append((piece.tensor.entry.name, zlib.crc32(part.data), piece.nbytes))
-        return checksums
-
-    def _pieces(self, start: int, stop: int) -> Iterator[_Piece]:
-        position = start
-        while position < stop:
-            index = bisect_right(self._ends, position)
-            tensor_start = self._ends[index - 1] if index else 0
-            end = min(self._ends[index], stop)
-            yield _Piece(
-                self.tensors[index], position - tensor_start, position - start, end - position
-            )
-            position = end
+    def blocks(self, block_bytes: int) -> Iterator[Block]:
+        """All of its data, in order."""
+        offset = len(self.header)
+        for tensor in self.tensors:
+            nbytes = tensor.entry.nbytes
+            for start in range(0, nbytes, block_bytes):
+                yield Block(tensor, start, offset + start, min(block_bytes, nbytes - start))
+            offset += nbytes
 
 
 @lru_cache
@@ -209,7 +191,7 @@ def _standard_quantiles() -> npt.NDArray[np.float64]:
 
 def write_shard(
     path: Path, shard: Shard, threads: int, written: Callable[[int], None]
-) -> dict[str, int]:
+) -> dict[str, list[int]]:
     """Writes one safetensors file to stable storage.
 
     Args:
@@ -219,38 +201,33 @@ def write_shard(
         written: Called in the calling thread with the bytes of each block that is on its way.
 
     Returns:
-        Each tensor's CRC-32.
+        Checksums of each tensor's pieces, by its name.
 
     Raises:
         OSError: The disk is full or failed; the file is left incomplete.
     """
     scratch = _Scratch()
-    file = open_direct(path)
-    executor = ThreadPoolExecutor(threads, "synth")
-    crc32 = {tensor.entry.name: 0 for tensor in shard.tensors}
+    sums: dict[str, list[int]] = {tensor.entry.name: [] for tensor in shard.tensors}
 
-    def write_block(start: int) -> list[tuple[str, int, int]]:
-        stop = min(start + BLOCK_BYTES, shard.data_bytes)
-        checksums = shard.fill(scratch.words[: stop - start], start)
-        write_aligned(file, scratch.memory, stop - start, len(shard.header) + start)
-        return checksums
+    def write_block(block: Block) -> tuple[Block, list[int]]:
+        block.tensor.fill(scratch.words[: block.nbytes], block.start, shard.seed)
+        file.write(scratch.memory, block.nbytes, block.offset)
+        return block, checksums(memoryview(scratch.memory)[: block.nbytes])
 
-    try:
+    with closing(LargeFile(path)) as file, ThreadPoolExecutor(threads, "synth") as executor:
         header = mmap.mmap(-1, len(shard.header))
         header[:] = shard.header
-        write_aligned(file, header, len(header), 0)
-        starts = range(0, shard.data_bytes, BLOCK_BYTES)
-        for checksums in _in_order(executor, write_block, starts, 2 * threads):
-            for name, checksum, nbytes in checksums:
-                crc32[name] = combine(crc32[name], checksum, nbytes)
-                written(nbytes)
-        os.ftruncate(file, shard.file_bytes)  # the last block was written up to its alignment
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        executor.shutdown(cancel_futures=True)
-        os.close(file)
-    return crc32
+        file.write(header, len(header), 0)
+        try:
+            for block, pieces in _in_order(
+                executor, write_block, shard.blocks(BLOCK_BYTES), 2 * threads
+            ):
+                sums[block.tensor.entry.name] += pieces
+                written(block.nbytes)
+        finally:
+            executor.shutdown(cancel_futures=True)
+        file.sync()
+    return sums
 
 
 class _Scratch(threading.local):
@@ -262,7 +239,10 @@ class _Scratch(threading.local):
 
 
 def _in_order(
-    executor: ThreadPoolExecutor, task: Callable[[int], Result], inputs: Iterable[int], ahead: int
+    executor: ThreadPoolExecutor,
+    task: Callable[[Block], Result],
+    inputs: Iterable[Block],
+    ahead: int,
 ) -> Iterator[Result]:
     """`executor.map` that has no more than `ahead` tasks under way or waiting."""
     futures: deque[Future[Result]] = deque()

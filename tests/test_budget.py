@@ -55,10 +55,11 @@ def make_checkpoint(
         max_context_tokens=context,
         bos_token_id=None,
         eos_token_ids=(),
-        dense={"all": DenseTensor(nowhere, shape, None, None)},
+        dense={"all": DenseTensor(nowhere, shape, None)},
         experts={  # type: ignore[misc]
             ExpertId(layer, expert): None for layer in range(layers) for expert in range(experts)
         },
+        checksums={},
     )
 
 
