@@ -106,6 +106,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
             Or the experts are stored in another format than the configuration asks for.
     """
     _refuse_other_format(config, checkpoint)
+    _refuse_unserved_format(config, checkpoint)
     block_tokens = config.scheduler.block_tokens
     max_request = min(checkpoint.max_context_tokens, config.max_total_tokens)
     num_blocks = -(-config.max_total_tokens // block_tokens)
@@ -243,6 +244,24 @@ def _refuse_other_format(config: Config, checkpoint: Checkpoint) -> None:
             f"Make a store with `moe-server pack CHECKPOINT OUT --format {wanted}` and give its "
             "directory, or leave expert_format out.",
             field="expert_format",
+        )
+
+
+def _refuse_unserved_format(config: Config, checkpoint: Checkpoint) -> None:
+    stored = checkpoint.stored
+    if config.device == "cuda" and (stored.experts.is_integer or stored.dense_int8):
+        raise MoeServerError(
+            f"{checkpoint.path} holds integer weights, which are computed on a CPU only so far.",
+            "Serve it with --device cpu, or serve the checkpoint it was packed from.",
+            reason=Reason.UNSUPPORTED,
+            field="device",
+        )
+    if config.dense_backend == "zero3" and stored.dense_int8:
+        raise MoeServerError(
+            f"{checkpoint.path} holds its dense weights in int8, which ZeRO-3 does not take.",
+            "Serve it with --dense-backend resident.",
+            reason=Reason.UNSUPPORTED,
+            field="dense_backend",
         )
 
 

@@ -1,31 +1,52 @@
-"""The dense layers of the module on our kernels, where the library's would depend on the batch.
+"""The dense layers of the module on our kernels.
 
 oneDNN's bfloat16 products round by the number of rows on machines that have bfloat16 instructions:
 a request's tokens would depend on its neighbours. Ours do not, and read weights twice as fast at
-one row. Replaces modules of a transformers model before its weights are loaded; parameter names
-stay.
-Shape legend: T tokens, H hidden size, E experts.
+one row. Quantised matrices have no other way at all. Replaces modules of a transformers model
+before its weights are loaded; parameter names stay. Shape legend: T tokens, H hidden size, E
+experts, M rows, K columns, N rows of a matrix.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moe_server.checkpoint import Checkpoint
+from moe_server.kernels.dense import int8_embedding, int8_linear
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
 from moe_server.kernels.products import are_compiled, linear, prepare
 
+EMBEDDING = "model.embed_tokens"
+OUTPUT = "lm_head"
 
-def use_kernels(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces linear layers and routers, where kernels serve the dtype on the device."""
-    is_served = device.type == "cpu" and dtype == torch.bfloat16
-    if not (is_served and are_compiled(WeightFormat.BFLOAT16)):
-        return
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and len(list(child.parameters())) == 1:
-                parent.register_module(name, KernelLinear(child))
-            elif name == "gate" and hasattr(child, "top_k"):
-                parent.register_module(name, KernelRouter(child))
+
+def use_kernels(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
+    """Replaces linear layers, routers and the embedding where they are ours to compute."""
+    dtype: torch.dtype = getattr(torch, checkpoint.dtype)
+    has_kernels = (
+        device.type == "cpu" and dtype == torch.bfloat16 and are_compiled(WeightFormat.BFLOAT16)
+    )
+    for name, child in list(module.named_modules()):
+        layout = _layout(checkpoint, name)
+        ours: nn.Module | None = None
+        if isinstance(child, nn.Embedding) and layout is not None:
+            ours = Int8Embedding(layout, dtype)
+        elif isinstance(child, nn.Linear) and layout is not None:
+            ours = Int8Linear(layout)
+        elif isinstance(child, nn.Linear) and has_kernels and len(list(child.parameters())) == 1:
+            ours = KernelLinear(child)
+        elif name.endswith(".gate") and has_kernels:
+            ours = KernelRouter(child)
+        if ours is not None:
+            module.set_submodule(name, ours)
+
+
+def _layout(checkpoint: Checkpoint, name: str) -> MatrixLayout | None:
+    """How a module's weights are quantised; None: they are not."""
+    tensor = checkpoint.dense.get(f"{name}.weight")
+    if tensor is None and name == OUTPUT:  # it is tied to the embedding
+        tensor = checkpoint.dense.get(f"{EMBEDDING}.weight")
+    return None if tensor is None else tensor.layout
 
 
 class KernelLinear(nn.Module):
@@ -34,13 +55,12 @@ class KernelLinear(nn.Module):
     def __init__(self, replaced: nn.Linear) -> None:
         super().__init__()
         self.weight = replaced.weight
-        self.in_features, self.out_features = replaced.in_features, replaced.out_features
+        self._out_features = replaced.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N)."""
-        return _product(x.reshape(-1, x.shape[-1]), self.weight).view(
-            *x.shape[:-1], self.out_features
-        )
+        product_MN = _product(x.reshape(-1, x.shape[-1]), self.weight)
+        return product_MN.view(*x.shape[:-1], self._out_features)
 
 
 class KernelRouter(nn.Module):
@@ -49,20 +69,51 @@ class KernelRouter(nn.Module):
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
         self.weight: torch.Tensor = replaced.weight  # type: ignore[assignment]
-        self.top_k: int = replaced.top_k  # type: ignore[assignment]
+        self._top_k: int = replaced.top_k  # type: ignore[assignment]
 
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits (T, E), weights float32 and experts int64 (T, top_k)."""
         logits_TE = _product(x_TH.reshape(-1, x_TH.shape[-1]), self.weight)
         # Rounded to the activations' dtype before the softmax: near-ties break as transformers'.
-        weights_TK, experts_TK = F.softmax(logits_TE.float(), dim=-1).topk(self.top_k, dim=-1)
+        weights_TK, experts_TK = F.softmax(logits_TE.float(), dim=-1).topk(self._top_k, dim=-1)
         return logits_TE, weights_TK / weights_TK.sum(dim=-1, keepdim=True), experts_TK
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are int8."""
+
+    def __init__(self, layout: MatrixLayout) -> None:
+        super().__init__()
+        self._layout = layout
+        self.weight = _quantised_parameter(layout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) to (..., N)."""
+        return int8_linear(x, self.weight, self._layout)
+
+
+class Int8Embedding(nn.Module):
+    """An embedding whose rows are int8."""
+
+    def __init__(self, layout: MatrixLayout, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._layout, self._dtype = layout, dtype
+        self.weight = _quantised_parameter(layout)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """(...) to (..., K)."""
+        return int8_embedding(ids, self.weight, self._layout, self._dtype)
+
+
+def _quantised_parameter(layout: MatrixLayout) -> nn.Parameter:
+    storage = torch.empty(layout.nbytes, dtype=torch.uint8, device="meta")
+    return nn.Parameter(storage, requires_grad=False)
 
 
 def _product(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     rows, columns = weight_NK.shape
     layout = MatrixLayout(rows, columns, WeightFormat.BFLOAT16)
-    out_MN = torch.empty(x_MK.shape[0], layout.rows, dtype=torch.bfloat16)
+    out_MN = torch.empty(x_MK.shape[0], rows, dtype=torch.bfloat16)
     weights = weight_NK.detach().contiguous().view(-1).view(torch.uint8)
     linear(prepare(x_MK, layout), weights, layout, out_MN)
     return out_MN

@@ -100,7 +100,7 @@ class Model:
             device=device,
         )
         self._module = _build_module(checkpoint, device)
-        use_kernels(self._module, self._dtype, device)
+        use_kernels(self._module, checkpoint, device)
         self._has_silu = getattr(self._module.config, "hidden_act", "") == "silu"
         for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
             self._attach(number, layer.get_submodule("mlp"))
@@ -115,10 +115,12 @@ class Model:
         Raises:
             MoeServerError: A read failed.
         """
-        tensors = {
-            name: bytes_.view(self._dtype).view(self.checkpoint.dense[name].shape).to(self._device)
-            for name, bytes_ in self._weights.take_dense(progress).items()
-        }
+        tensors = {}
+        for name, stored in self._weights.take_dense(progress).items():
+            dense = self.checkpoint.dense[name]
+            is_quantised = dense.layout is not None
+            weights = stored if is_quantised else stored.view(self._dtype).view(dense.shape)
+            tensors[name] = weights.to(self._device)
         result = self._module.load_state_dict(tensors, strict=False, assign=True)
         tied: Any = self._module
         tied.tie_weights()

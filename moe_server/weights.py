@@ -42,7 +42,9 @@ class Weights:
     def __init__(self, config: Config, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
         self.checkpoint = checkpoint
         self.reader = Reader(
-            config.read_threads, READ_BLOCK_BYTES, ChecksumBook(learn=config.verify)
+            config.read_threads,
+            READ_BLOCK_BYTES,
+            ChecksumBook(checkpoint.checksums, learn=config.verify),
         )
         self.cache = ExpertCache(
             {expert: checkpoint.record_segments(expert) for expert in checkpoint.experts},

@@ -1,13 +1,18 @@
 """Tokens equal transformers', wherever experts are: without this nothing else matters."""
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_server.kernels import native
-from moe_server.messages import Sampling
+from moe_server.kernels.formats import WeightFormat
+from moe_server.messages import Sampling, TokenEvent
+from moe_server.pack import pack
+from moe_server.packed import StoreFormat
 from tests.driver import greedy, run, running_engine, token_ids
 from tests.tiny import Tiny, transformers_answers
 
@@ -89,12 +94,8 @@ def test_half_precision_tokens_do_not_depend_on_places(
     for budgets in PLACES.values():
         with running_engine(path, **budgets, dense_backend=backend) as engine:
             outcomes.append(run(engine, requests))
-    first = [[(event.token_id, event.logprob) for event in events] for events in outcomes[0]]
     for outcome in outcomes[1:]:
-        # Bit for bit: log-probabilities too.
-        assert [
-            [(event.token_id, event.logprob) for event in events] for events in outcome
-        ] == first
+        assert told(outcome) == told(outcomes[0])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -107,11 +108,45 @@ def test_bf16_tokens_do_not_depend_on_neighbours(seed: int, tmp_path: Path) -> N
     with running_engine(path, **{"scheduler.max_batch_tokens": 64}) as engine:
         batch = run(engine, requests)
         alone = [run(engine, [request])[0] for request in requests]
-    for together, single in zip(batch, alone, strict=True):
-        # Bit for bit: log-probabilities too.
-        assert [(event.token_id, event.logprob) for event in together] == [
-            (event.token_id, event.logprob) for event in single
-        ]
+    assert told(batch) == told(alone)
+
+
+STORES = {
+    "bf16": StoreFormat(WeightFormat.BFLOAT16, WeightFormat.BFLOAT16, 128),
+    "int8": StoreFormat(WeightFormat.BFLOAT16, WeightFormat.INT8, 128),
+    "int4": StoreFormat(WeightFormat.BFLOAT16, WeightFormat.INT4, 32),
+    "int4, dense int8": StoreFormat(WeightFormat.BFLOAT16, WeightFormat.INT4, 128, dense_int8=True),
+    "int8 of float32": StoreFormat(WeightFormat.FLOAT32, WeightFormat.INT8, 64),
+}
+SHAPES = (Tiny(dtype="bfloat16"), Tiny(dtype="bfloat16", tied=True, hidden=52, intermediate=37))
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
+@pytest.mark.parametrize("name", STORES)
+def test_packed_tokens_do_not_depend_on_places_or_neighbours(
+    name: str, shape: int, tmp_path: Path
+) -> None:
+    tiny = replace(SHAPES[shape], dtype=STORES[name].dtype.value, head_dim=10)
+    source, store = tiny.write(tmp_path / "source"), tmp_path / "store"
+    pack(source, store, STORES[name], assess=lambda _store, _rounding: {})
+    requests = greedy(prompts_of(tiny, (61, 5, 33, 40)), 32)
+    outcomes = []
+    for budgets in ({"prefetch": False}, *PLACES.values()):
+        with running_engine(store, **budgets, **{"scheduler.max_batch_tokens": 64}) as engine:
+            outcomes.append(told(run(engine, requests)))
+            outcomes.append(told([run(engine, [request])[0] for request in requests]))
+    for outcome in outcomes[1:]:
+        if STORES[name].dtype is WeightFormat.FLOAT32:
+            # The dense layers are the library's, and round by the number of rows.
+            tokens = [[token for token, _ in events] for events in outcome]
+            assert tokens == [[token for token, _ in events] for events in outcomes[0]]
+        else:
+            assert outcome == outcomes[0]
+
+
+def told(answers: Sequence[Sequence[TokenEvent]]) -> list[list[tuple[int, float | None]]]:
+    """Tokens and log-probabilities, to be compared bit for bit."""
+    return [[(event.token_id, event.logprob) for event in events] for events in answers]
 
 
 def test_sampled_tokens_depend_on_the_seed_alone(tmp_path: Path) -> None:
