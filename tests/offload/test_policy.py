@@ -1,145 +1,297 @@
-"""The policy against a brute-force twin that knows nothing but when each expert was last used."""
+"""The policies against brute-force twins that remember everything and care nothing for speed."""
 
 import itertools
 import random
+from dataclasses import dataclass, field
 
 import pytest
 
 from moe_server.offload.layout import ExpertId
-from moe_server.offload.policy import LayerLru
+from moe_server.offload.policy import LFU_HALF_LIFE_USES, POLICIES, make_policy
+from moe_server.offload.policy_next_visit import (
+    HALF_LIFE_VISITS,
+    MEMORY_VISITS,
+    PASS_ON_BELOW,
+)
 
 
+@dataclass
 class Twin:
-    """The words of LayerLru's docstrings, one after the other, and no care for speed."""
+    """What every twin knows: who is held, and all uses there ever were, in order."""
 
-    def __init__(self, capacity: int, num_layers: int) -> None:
-        self.capacity, self.num_layers = capacity, num_layers
-        self.last_used = {}
-        self.clock = itertools.count()
+    capacity: int
+    num_layers: int
+    held: set[ExpertId] = field(default_factory=set)
+    placed: dict[ExpertId, int] = field(default_factory=dict)
+    """When each was used, or added, last."""
+    uses: list[ExpertId] = field(default_factory=list)
+    clock: itertools.count = field(default_factory=itertools.count)
 
-    def use(self, expert: ExpertId) -> None:
-        self.last_used[expert] = next(self.clock)
+    def add(self, expert: ExpertId, *, used: bool = True) -> None:
+        self.held.add(expert)
+        self.placed[expert] = next(self.clock)
+        if used:
+            self.uses.append(expert)
 
-    def held(self, layer: int) -> list[ExpertId]:
-        """The layer's experts, least recently used first."""
-        mine = [expert for expert in self.last_used if expert.layer == layer]
-        return sorted(mine, key=lambda expert: self.last_used[expert])
+    def remove(self, expert: ExpertId) -> None:
+        self.held.remove(expert)
+
+    def touch(self, expert: ExpertId) -> None:
+        self.placed[expert] = next(self.clock)
+        self.uses.append(expert)
+
+    def of(self, layer: int, keep: set[ExpertId] = frozenset()) -> list[ExpertId]:
+        """The layer's experts outside `keep`, least recently used first."""
+        mine = [one for one in self.held if one.layer == layer and one not in keep]
+        return sorted(mine, key=self.placed.__getitem__)
 
     def excess(self, layer: int) -> int:
-        share = len([place for place in range(self.capacity) if place % self.num_layers == layer])
-        return len(self.held(layer)) - share
+        share = len([slot for slot in range(self.capacity) if slot % self.num_layers == layer])
+        return len(self.of(layer)) - share
+
+    def givers(self, layer: int) -> list[int]:
+        backwards = [(layer - back) % self.num_layers for back in range(1, self.num_layers)]
+        over = [other for other in backwards if self.excess(other) > 0]
+        own = [layer]
+        first = own if self.excess(layer) >= 0 else []
+        return first + over + own + backwards
+
+    def worst(self, layer: int, keep: set[ExpertId]) -> ExpertId | None:
+        return min(self.of(layer, keep), key=self.worth, default=None)
+
+    def worth(self, expert: ExpertId) -> float:
+        return self.placed[expert]
 
     def victim(self, incoming: ExpertId, keep: set[ExpertId]) -> ExpertId | None:
-        by_excess = sorted(range(self.num_layers), key=lambda layer: (-self.excess(layer), layer))
-        if self.excess(incoming.layer) >= 0:
-            by_excess = [incoming.layer, *by_excess]
-        for layer in by_excess:
-            for expert in self.held(layer):
-                if expert not in keep:
-                    return expert
-        return None
+        worst = [self.worst(layer, keep) for layer in self.givers(incoming.layer)]
+        return next((one for one in worst if one), None)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_policy_equals_its_twin(seed):
+class GlobalLruTwin(Twin):
+    def victim(self, incoming: ExpertId, keep: set[ExpertId]) -> ExpertId | None:
+        return min(self.held - keep, key=self.worth, default=None)
+
+
+class LfuTwin(Twin):
+    def worth(self, expert: ExpertId) -> float:
+        mine = [one for one in self.uses if one.layer == expert.layer]
+        ages = [age for age, one in enumerate(reversed(mine)) if one == expert]
+        return sum(0.5 ** (age / LFU_HALF_LIFE_USES) for age in ages)
+
+
+class NextVisitTwin(Twin):
+    def visits(self, layer: int) -> list[set[ExpertId]]:
+        """The layer's visits, told from the order of all uses."""
+        visits, last = [], None
+        for one in self.uses:
+            if one.layer == layer:
+                if last != layer or one in visits[-1]:
+                    visits.append(set())
+                visits[-1].add(one)
+            last = one.layer
+        return visits
+
+    @staticmethod
+    def popularity(expert: ExpertId, visits: list[set[ExpertId]]) -> float:
+        decay = 0.5 ** (1 / HALF_LIFE_VISITS)
+        weights = [decay**age for age in range(len(visits))][::-1]
+        used = [weight for weight, visit in zip(weights, visits, strict=True) if expert in visit]
+        return sum(used) / sum(weights) if visits else 0.0
+
+    def worth(self, expert: ExpertId) -> float:
+        visits = self.visits(expert.layer)
+        persistence = 0.0
+        for end in range(2, len(visits)):  # the last visit may still be going on
+            before, visit = visits[end - 2], visits[end - 1]
+            surprises = [(one in visit) - self.popularity(one, visits[: end - 1]) for one in before]
+            surprise = sum(surprises) / len(surprises)
+            persistence += (surprise - persistence) / min(end, MEMORY_VISITS)
+        worth = self.popularity(expert, visits)
+        return worth + max(0, persistence) if visits and expert in visits[-1] else worth
+
+    def victim(self, incoming: ExpertId, keep: set[ExpertId]) -> ExpertId | None:
+        victim = super().victim(incoming, keep)
+        if victim is None or victim.layer != incoming.layer:
+            return victim
+        passing = self.worst((incoming.layer - 1) % self.num_layers, keep)
+        if passing and self.worth(passing) < PASS_ON_BELOW * self.worth(victim):
+            return passing
+        return victim
+
+
+TWINS = {
+    "global-lru": GlobalLruTwin,
+    "layer-lru": Twin,
+    "layer-lfu": LfuTwin,
+    "next-visit": NextVisitTwin,
+}
+
+
+def assert_as_good(victim: ExpertId | None, twin: Twin, incoming: ExpertId, keep: set) -> None:
+    """The twin's choice, or one whose worth differs by rounding alone."""
+    expected = twin.victim(incoming, keep)
+    if victim != expected:
+        assert victim is not None
+        assert expected is not None
+        assert victim in twin.held - keep
+        assert twin.worth(victim) == pytest.approx(twin.worth(expected), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(25))
+def test_policy_equals_its_twin_whatever_the_order_of_calls(name, seed):
     choose = random.Random(seed)
-    num_layers, num_experts = choose.randint(1, 6), choose.randint(1, 6)
+    num_layers, num_experts = choose.randint(1, 5), choose.randint(1, 6)
     capacity = choose.randint(1, num_layers * num_experts)  # often fewer than one a layer
-    policy, twin = LayerLru(capacity, num_layers), Twin(capacity, num_layers)
-    for _ in range(200):
+    policy, twin = make_policy(name, capacity, num_layers), TWINS[name](capacity, num_layers)
+    for _ in range(120):
         expert = ExpertId(choose.randrange(num_layers), choose.randrange(num_experts))
-        held = list(twin.last_used)
-        assert (expert in policy) == (expert in twin.last_used)
-        assert len(policy) == len(held)
-        if expert in twin.last_used:
-            if choose.random() < 0.1:
-                policy.remove(expert)
-                del twin.last_used[expert]
-            else:
-                policy.touch(expert)
-                twin.use(expert)
+        assert (expert in policy) == (expert in twin.held)
+        assert len(policy) == len(twin.held) <= capacity
+        if expert in twin.held:
+            call = "remove" if choose.random() < 0.1 else "touch"
+            for one in (policy, twin):
+                getattr(one, call)(expert)
             continue
-        if len(held) == capacity:
-            keep = {one for one in held if choose.random() < choose.choice([0, 0.3, 0.9, 1])}
+        if len(twin.held) == capacity:
+            rate = choose.choice([0, 0.3, 0.9, 1])
+            keep = {one for one in sorted(twin.held) if choose.random() < rate}
             victim = policy.victim(expert, keep)
-            assert victim == twin.victim(expert, keep)
-            assert (victim is None) == (keep == set(held))
+            assert victim not in keep
+            assert (victim is None) == (keep == twin.held)
+            assert_as_good(victim, twin, expert, keep)
             if victim is None:
                 continue
-            assert victim not in keep
-            policy.remove(victim)
-            del twin.last_used[victim]
-        policy.add(expert)
-        twin.use(expert)
+            for one in (policy, twin):
+                one.remove(victim)
+        used = choose.random() < 0.8
+        for one in (policy, twin):
+            one.add(expert, used=used)
 
 
-def fill(policy: LayerLru, *experts: tuple[int, int]) -> None:
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(6))
+def test_policy_equals_its_twin_when_layers_are_visited_in_turn(name, seed):
+    choose = random.Random(seed)
+    num_layers, num_experts, top_k = 3, 6, choose.randint(1, 4)
+    capacity = choose.randint(2, 12)
+    policy, twin = make_policy(name, capacity, num_layers), TWINS[name](capacity, num_layers)
+    for step in range(40):
+        layer = step % num_layers
+        wanted = [ExpertId(layer, one) for one in choose.sample(range(num_experts), top_k)]
+        for expert in sorted(wanted, key=lambda one: one not in twin.held):
+            if expert in twin.held:
+                for one in (policy, twin):
+                    one.touch(expert)
+                continue
+            if len(twin.held) == capacity:
+                victim = policy.victim(expert, set())
+                assert_as_good(victim, twin, expert, set())
+                for one in (policy, twin):
+                    one.remove(victim)
+            for one in (policy, twin):
+                one.add(expert)
+
+
+def test_weights_that_grow_are_scaled_back_without_a_change(monkeypatch):
+    for module in ("policy", "policy_next_visit"):
+        monkeypatch.setattr(f"moe_server.offload.{module}._RESCALE_AT", 1.5)
+    for name in ("layer-lfu", "next-visit"):
+        for seed in range(4):
+            test_policy_equals_its_twin_when_layers_are_visited_in_turn(name, seed)
+
+
+def fill(policy, *experts: tuple[int, int]) -> None:
     for layer, expert in experts:
         policy.add(ExpertId(layer, expert))
 
 
-def test_a_layer_that_has_its_share_gives_up_its_own():
-    policy = LayerLru(4, 2)
-    fill(policy, (0, 0), (1, 0), (0, 1), (1, 1))
+LAYERED = [name for name in POLICIES if name != "global-lru"]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_layer_that_has_its_share_gives_up_its_own(name):
+    policy = make_policy(name, 4, 2)
+    fill(policy, (0, 0), (0, 1), (1, 0), (1, 1))
     policy.touch(ExpertId(1, 0))
     assert policy.victim(ExpertId(1, 5), keep=()) == ExpertId(1, 1)
 
 
-def test_a_layer_gives_back_what_it_borrowed_first():
-    policy = LayerLru(4, 2)
+@pytest.mark.parametrize("name", LAYERED)
+def test_a_layer_gives_back_what_it_borrowed_first(name):
+    policy = make_policy(name, 4, 2)
     fill(policy, (1, 0), (0, 0), (0, 1), (0, 2))
     assert policy.victim(ExpertId(1, 5), keep=()) == ExpertId(0, 0)
 
 
-def test_a_layer_without_a_share_can_still_run():
-    policy = LayerLru(1, 4)
+@pytest.mark.parametrize("name", LAYERED)
+def test_what_must_be_taken_elsewhere_is_taken_where_it_is_needed_latest(name):
+    policy = make_policy(name, 4, 4)
+    fill(policy, (0, 0), (1, 0), (2, 0), (3, 0))
+    assert policy.victim(ExpertId(2, 1), keep={ExpertId(2, 0)}) == ExpertId(1, 0)
+    assert policy.victim(ExpertId(0, 1), keep={ExpertId(0, 0)}) == ExpertId(3, 0)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_experts_on_their_way_do_not_cost_other_layers_theirs(name):
+    policy = make_policy(name, 4, 2)
+    fill(policy, (0, 0), (0, 1), (1, 0), (1, 1))
+    policy.remove(policy.victim(ExpertId(1, 2), keep=()))  # 1, 2 is being read
+    assert policy.victim(ExpertId(1, 3), keep=()) == ExpertId(1, 1)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_layer_without_a_share_can_still_run(name):
+    policy = make_policy(name, 1, 4)
     fill(policy, (0, 0))
     assert policy.victim(ExpertId(3, 0), keep=()) == ExpertId(0, 0)
 
 
-class GlobalLru:
-    """What the page cache does."""
-
-    def __init__(self) -> None:
-        self.order = {}
-
-    def touch(self, expert: ExpertId) -> None:
-        self.order[expert] = self.order.pop(expert, None)
-
-    add = touch
-
-    def remove(self, expert: ExpertId) -> None:
-        del self.order[expert]
-
-    def victim(self, _incoming: ExpertId, keep: set[ExpertId]) -> ExpertId | None:
-        return next((expert for expert in self.order if expert not in keep), None)
+@pytest.mark.parametrize("name", LAYERED)
+def test_what_was_fetched_ahead_counts_once_it_is_used(name):
+    """Fetched and used is one use, not two: an expert that is used as often later outlives it."""
+    policy = make_policy(name, 2, 1)
+    policy.add(ExpertId(0, 0), used=False)
+    policy.touch(ExpertId(0, 0))
+    policy.add(ExpertId(0, 1))
+    assert policy.victim(ExpertId(0, 2), keep=()) == ExpertId(0, 0)
 
 
-def hit_rate(policy, capacity: int, tokens: list[list[list[int]]]) -> float:
-    """Replays tokens as `acquire` does: a layer's hits first, then its misses, one by one."""
-    held, hits, total = set(), 0, 0
-    for token in tokens:
-        for layer, wanted in enumerate(token):
-            experts = [ExpertId(layer, expert) for expert in wanted]
-            present = [expert for expert in experts if expert in held]
-            hits, total = hits + len(present), total + len(experts)
-            for expert in present:
+def popular_then_scan(policy, num_scans: int) -> None:
+    """One layer, two slots: 0 and 1 are used in ten steps, then a prompt uses all six experts."""
+    fill(policy, (0, 0), (0, 1))
+    for step in range(20):
+        policy.touch(ExpertId(0, step % 2))
+    for _ in range(num_scans):
+        policy.touch(ExpertId(0, 0))
+        for number in range(1, 6):
+            expert = ExpertId(0, number)
+            if expert in policy:
                 policy.touch(expert)
-            for expert in experts:
-                if expert in present:
-                    continue
-                if len(held) == capacity:
-                    victim = policy.victim(expert, set())
-                    policy.remove(victim)
-                    held.remove(victim)
-                policy.add(expert)
-                held.add(expert)
-    return hits / total
+                continue
+            policy.remove(policy.victim(expert, keep=()))
+            policy.add(expert)
 
 
-def test_layers_visited_in_turn_hit_where_one_lru_over_all_never_does():
-    num_layers, num_experts, capacity = 8, 8, 32
-    choose = random.Random(0)
-    tokens = [[choose.sample(range(num_experts), 5) for _ in range(num_layers)] for _ in range(200)]
-    assert hit_rate(GlobalLru(), capacity, tokens) < 0.02
-    assert hit_rate(LayerLru(capacity, num_layers), capacity, tokens) > 0.45
+@pytest.mark.parametrize("name", ["layer-lfu", "next-visit"])
+def test_a_popular_expert_survives_the_scan_of_a_prompt(name):
+    policy = make_policy(name, 2, 1)
+    popular_then_scan(policy, 1)
+    assert {one for one in range(6) if ExpertId(0, one) in policy} & {0, 1}
+    lru = make_policy("layer-lru", 2, 1)
+    popular_then_scan(lru, 1)
+    assert not {one for one in range(6) if ExpertId(0, one) in lru} & {0, 1}
+
+
+def test_a_slot_passes_on_from_a_rare_expert_of_the_layer_before():
+    policy = make_policy("next-visit", 4, 2)
+    for _ in range(10):
+        for layer, expert in ((0, 0), (1, 0), (1, 1)):
+            one = ExpertId(layer, expert)
+            policy.touch(one) if one in policy else policy.add(one)
+    policy.add(ExpertId(0, 1))  # once in ten steps
+    for expert in (ExpertId(1, 0), ExpertId(1, 1)):
+        policy.touch(expert)
+    policy.touch(ExpertId(0, 0))
+    assert policy.victim(ExpertId(1, 2), keep=()) == ExpertId(0, 1)
+    assert policy.victim(ExpertId(1, 2), keep={ExpertId(0, 1)}) == ExpertId(1, 0)
