@@ -6,7 +6,7 @@ PORT ?= 50051
 PROTOS := $(wildcard proto/moe_server/v1/*.proto)
 BUF := build/buf/node_modules/.bin/buf
 
-.PHONY: run test lint types proto proto-check clean
+.PHONY: run test lint types proto proto-check bench-policy clean
 
 # Installs, serves the embedded model, waits for its proof, streams a completion, stops.
 run: $(VENV)/.installed
@@ -21,6 +21,10 @@ lint: $(VENV)/.installed-dev
 
 types: $(VENV)/.installed-dev
 	$(BIN)/mypy
+
+# Replays every eviction policy on synthetic and recorded traces. QUICK=1: in 20 seconds.
+bench-policy: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.policy_replay
 
 # Stubs of 1.76 run under every newer grpcio and protobuf 6 or 7.
 proto: $(VENV)/.installed-dev
