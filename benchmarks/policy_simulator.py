@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from benchmarks.traces import Trace
+from moe_server.offload.cache import MOST_UNDER_WAY
 from moe_server.offload.layout import ExpertId
 from moe_server.offload.policy import Policy
 from moe_server.offload.policy_quotas import Quotas
@@ -28,10 +29,10 @@ class Simulator:
     Args:
         policy: Who stays.
         capacity: Slots.
-        max_reads: Reads under way at most. The cache starts all that it finds slots for.
+        max_reads: Reads under way at most.
     """
 
-    def __init__(self, policy: Policy, capacity: int, max_reads: int = sys.maxsize) -> None:
+    def __init__(self, policy: Policy, capacity: int, max_reads: int = MOST_UNDER_WAY) -> None:
         self.policy = policy
         self.hits = 0
         self.misses = 0
@@ -99,7 +100,9 @@ class Replayed:
         return self.misses / self.num_tokens
 
 
-def replay(trace: Trace, policy: Policy, capacity: int, max_reads: int = sys.maxsize) -> Replayed:
+def replay(
+    trace: Trace, policy: Policy, capacity: int, max_reads: int = MOST_UNDER_WAY
+) -> Replayed:
     """Replays a trace from an empty tier."""
     simulator = Simulator(policy, capacity, max_reads)
     warm = int(len(trace.calls) * WARM_UP)

@@ -157,6 +157,9 @@ class Config(Section):
     verify: bool = False
     """Hold every later read of a checkpoint's own shards to what the first one brought. (A packed
     store carries checksums, which are always verified.)"""
+    expert_policy: Literal["global-lru", "layer-lru", "layer-lfu", "next-visit"] = "next-visit"
+    """Who is evicted. next-visit estimates which experts their layer will want again soonest;
+    `make bench-policy` compares the others on recorded traffic."""
     prefetch: bool = True
     """Read what the next layer will probably want while the disk has nothing better to do."""
     allow_pageable: bool = False

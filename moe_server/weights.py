@@ -55,6 +55,7 @@ class Weights:
             stride_bytes=plan.slot_bytes,
             device=config.device,
             reader=self.reader,
+            policy=config.expert_policy,
             allow_pageable=config.allow_pageable,
         )
         self._plan = plan

@@ -191,6 +191,10 @@ POLICIES: dict[str, type[GlobalLru | LayerLru | LayerLfu | NextVisit]] = {
 }
 """By the name that the configuration gives them."""
 
+DEFAULT_POLICY = "next-visit"
+"""It reads up to 23 % less than layer-lru where experts are not equally popular, and at most 1.1 %
+more on any trace that was replayed (benchmarks/LOG.md, 2026-11-24)."""
+
 
 def make_policy(name: str, capacity: int, num_layers: int) -> Policy:
     """A policy for an empty tier.
