@@ -15,6 +15,13 @@ namespace {
 
 constexpr int kTileTokens = 4;
 constexpr int kPassTokens = 64;
+constexpr int kPrefetchBytes = 2048;
+
+MOE_TILE __m256i broadcast_quad(const int8_t* codes) {
+  int32_t quad;
+  std::memcpy(&quad, codes, 4);
+  return _mm256_set1_epi32(quad);
+}
 
 // Eight rows' products of four columns, as 32-bit sums.
 MOE_TILE __m256i add_quads(__m256i total, __m256i pairs) {
@@ -31,7 +38,9 @@ MOE_TILE void int4_group(const uint8_t* weights, int64_t columns, const int8_t* 
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) pairs[t][0] = pairs[t][1] = _mm256_setzero_si256();
     for (int64_t step = k; step < k + 32; step += 8) {
-      const __m256i* at = reinterpret_cast<const __m256i*>(weights + step * (kBlockRows / 2));
+      const uint8_t* bytes = weights + step * (kBlockRows / 2);
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
+      const __m256i* at = reinterpret_cast<const __m256i*>(bytes);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         const __m256i both = _mm256_loadu_si256(at + h);
@@ -39,10 +48,9 @@ MOE_TILE void int4_group(const uint8_t* weights, int64_t columns, const int8_t* 
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
 #pragma GCC unroll 4
         for (int t = 0; t < Tokens; ++t) {
-          int32_t quads[2];
-          std::memcpy(quads, codes + t * columns + step, 8);
-          const __m256i first = _mm256_maddubs_epi16(low, _mm256_set1_epi32(quads[0]));
-          const __m256i second = _mm256_maddubs_epi16(high, _mm256_set1_epi32(quads[1]));
+          const int8_t* at_codes = codes + t * columns + step;
+          const __m256i first = _mm256_maddubs_epi16(low, broadcast_quad(at_codes));
+          const __m256i second = _mm256_maddubs_epi16(high, broadcast_quad(at_codes + 4));
           pairs[t][h] = _mm256_add_epi16(pairs[t][h], _mm256_add_epi16(first, second));
         }
       }
@@ -59,16 +67,17 @@ MOE_TILE void int8_group(const uint8_t* weights, int64_t columns, const int8_t* 
                          __m256i (*dot)[2]) {
   const __m256i offset = _mm256_set1_epi8(-128);
   for (int64_t k = 0; k < columns; k += 4) {
-    const __m256i* at = reinterpret_cast<const __m256i*>(weights + k * kBlockRows);
+    const uint8_t* bytes = weights + k * kBlockRows;
+    _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
+    const __m256i* at = reinterpret_cast<const __m256i*>(bytes);
 #pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
       const __m256i number = _mm256_xor_si256(_mm256_loadu_si256(at + h), offset);
       const __m256i magnitude = _mm256_abs_epi8(number);
 #pragma GCC unroll 4
       for (int t = 0; t < Tokens; ++t) {
-        int32_t quad;
-        std::memcpy(&quad, codes + t * columns + k, 4);
-        const __m256i signed_codes = _mm256_sign_epi8(_mm256_set1_epi32(quad), number);
+        const __m256i quad = broadcast_quad(codes + t * columns + k);
+        const __m256i signed_codes = _mm256_sign_epi8(quad, number);
         dot[t][h] = add_quads(dot[t][h], _mm256_maddubs_epi16(magnitude, signed_codes));
       }
     }
@@ -166,28 +175,33 @@ MOE_TILE float sum_lanes(__m256 low, __m256 high) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-// 32 columns of every row; `weights` and `x` are `stride` elements apart.
+MOE_TILE void add_product(__m256& sum, __m256 left, __m256 right) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(left), "x"(right));
+}
+
+// 32 columns of every row; the rows of `weights` and of `x` are so many elements apart.
 template <int Tokens, int Rows>
 MOE_TILE void bfloat_step(const uint16_t* weights, int64_t weights_stride, const uint16_t* x,
                           int64_t x_stride, __m256 (*lanes)[Rows][2]) {
-#pragma GCC unroll 2
-  for (int h = 0; h < 2; ++h) {
-    __m256i right[Rows];
+#pragma GCC unroll 4
+  for (int part = 0; part < 4; ++part) {
+    // Even columns of the lower lanes, then odd ones; the same of the upper lanes.
+    const int h = part / 2;
+    const bool is_odd = part % 2;
+    __m256 right[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       const uint16_t* at = weights + r * weights_stride + 16 * h;
-      right[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+      const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+      right[r] = is_odd ? odd_columns(pairs) : even_columns(pairs);
     }
 #pragma GCC unroll 4
     for (int t = 0; t < Tokens; ++t) {
       const uint16_t* at = x + t * x_stride + 16 * h;
-      const __m256i left = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+      const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+      const __m256 left = is_odd ? odd_columns(pairs) : even_columns(pairs);
 #pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        __m256& sum = lanes[t][r][h];
-        sum = _mm256_fmadd_ps(even_columns(right[r]), even_columns(left), sum);
-        sum = _mm256_fmadd_ps(odd_columns(right[r]), odd_columns(left), sum);
-      }
+      for (int r = 0; r < Rows; ++r) add_product(lanes[t][r][h], right[r], left);
     }
   }
 }
@@ -203,8 +217,12 @@ MOE_TARGET void bfloat_tile(const BfloatProduct& product, int64_t token, int64_t
   const uint16_t* weights = product.weights + row * columns;
   const uint16_t* x = product.activations + token * columns;
   int64_t k = 0;
-  for (; k + 32 <= columns; k += 32)
+  for (; k + 32 <= columns; k += 32) {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)  // the next tile's rows
+      _mm_prefetch(reinterpret_cast<const char*>(weights + (r + Rows) * columns + k), _MM_HINT_T1);
     bfloat_step<Tokens, Rows>(weights + k, columns, x + k, columns, lanes);
+  }
   if (k < columns) {
     uint16_t last_weights[Rows][32] = {}, last_x[Tokens][32] = {};
     for (int r = 0; r < Rows; ++r)
@@ -222,14 +240,23 @@ MOE_TARGET void bfloat_tile(const BfloatProduct& product, int64_t token, int64_t
   }
 }
 
+template <int Tokens, int Rows>
+MOE_TARGET void bfloat_range(const BfloatProduct& product, int64_t token, int64_t row,
+                             int64_t last) {
+  for (; row + Rows <= last; row += Rows) bfloat_tile<Tokens, Rows>(product, token, row);
+  for (; row < last; ++row) bfloat_tile<Tokens, 1>(product, token, row);
+}
+
 MOE_TARGET void bfloat_rows(const BfloatProduct& product, int64_t first, int64_t last) {
-  for (int64_t token = 0; token < product.tokens; token += 2) {
-    const bool both = token + 2 <= product.tokens;
-    int64_t row = first;
-    for (; row + 2 <= last; row += 2)
-      both ? bfloat_tile<2, 2>(product, token, row) : bfloat_tile<1, 2>(product, token, row);
-    if (row < last)
-      both ? bfloat_tile<2, 1>(product, token, row) : bfloat_tile<1, 1>(product, token, row);
+  // 12 of the 16 registers hold sums, 8 for one token: it waits for memory.
+  for (int64_t token = 0; token < product.tokens;) {
+    const int64_t left = product.tokens - token;
+    // 4 tokens are 2 and 2, not 3 and 1.
+    const int64_t tokens = left == 4 ? 2 : left < 3 ? left : 3;
+    if (tokens == 1) bfloat_range<1, 4>(product, token, first, last);
+    if (tokens == 2) bfloat_range<2, 3>(product, token, first, last);
+    if (tokens == 3) bfloat_range<3, 2>(product, token, first, last);
+    token += tokens;
   }
 }
 

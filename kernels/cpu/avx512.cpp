@@ -21,6 +21,14 @@ MOE_TILE void add_product(__m512& sum, __m512 left, __m512 right) {
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(left), "v"(right));
 }
 
+// Four columns' codes for every row. From memory: broadcasts of general registers would take the
+// port of every other vpdpbusd.
+MOE_TILE __m512i broadcast_quad(const int8_t* codes) {
+  int32_t quad;
+  std::memcpy(&quad, codes, 4);
+  return _mm512_set1_epi32(quad);
+}
+
 // Integer formats
 
 constexpr int kTileTokens = 8;      // 2 blocks x 8 tokens: 16 of the 32 registers accumulate
@@ -56,9 +64,8 @@ MOE_TILE void group_tile(const Group& group, const int8_t* codes, const float* s
       }
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) {
-        int32_t quads[2];
-        std::memcpy(quads, codes + t * columns + k, 8);
-        const __m512i first = _mm512_set1_epi32(quads[0]), second = _mm512_set1_epi32(quads[1]);
+        const __m512i first = broadcast_quad(codes + t * columns + k);
+        const __m512i second = broadcast_quad(codes + t * columns + k + 4);
 #pragma GCC unroll 2
         for (int b = 0; b < Blocks; ++b) {
           add_quads(dot[b][t], low[b], first);
@@ -77,11 +84,9 @@ MOE_TILE void group_tile(const Group& group, const int8_t* codes, const float* s
       }
 #pragma GCC unroll 8
       for (int t = 0; t < Tokens; ++t) {
-        int32_t quad;
-        std::memcpy(&quad, codes + t * columns + k, 4);
-        const __m512i broadcast = _mm512_set1_epi32(quad);
+        const __m512i quad = broadcast_quad(codes + t * columns + k);
 #pragma GCC unroll 2
-        for (int b = 0; b < Blocks; ++b) add_quads(dot[b][t], weights[b], broadcast);
+        for (int b = 0; b < Blocks; ++b) add_quads(dot[b][t], weights[b], quad);
       }
     }
   }
