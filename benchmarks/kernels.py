@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -98,10 +99,10 @@ def cells(buffer: torch.Tensor) -> Iterator[tuple[str, Callable[[], dict[str, fl
     for weight_format in FORMATS:
         for num_rows in NUM_ROWS:
             name = f"{weight_format.value}/m{num_rows}"
-            yield name, lambda f=weight_format, m=num_rows: measure_product(buffer, f, m)
+            yield name, partial(measure_product, buffer, weight_format, num_rows)
     for weight_format in FORMATS:
         name = f"expert/{weight_format.value}/m1"
-        yield name, lambda f=weight_format: measure_expert(buffer, f)
+        yield name, partial(measure_expert, buffer, weight_format)
 
 
 def measure_product(
