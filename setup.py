@@ -23,6 +23,7 @@ CPU_KERNELS = Extension(
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",  # Python's own flags may ask for three times the size
         "-ffp-contract=off",
         "-fno-math-errno",
         "-fvisibility=hidden",

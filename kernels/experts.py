@@ -56,7 +56,7 @@ class ExpertRun:
 
     The record is read from its start: w1, w3, then w2. Every whole row block is computed once, as
     soon as its bytes are there; how they arrived changes no bit of the output. Where no kernel
-    serves the format, all is computed when the last byte has arrived, by torch.
+    serves the format or the device, all is computed when the last byte has arrived, by torch.
 
     Args:
         x: M rows, prepared for `w13`.
@@ -84,8 +84,8 @@ class ExpertRun:
         self._w2 = w2
         self._w2_end = w2_offset + w2.nbytes
         self._record = record
-        self._is_compiled = are_compiled(w13.format)
-        self._output = torch.empty(x.num_rows, w2.rows, dtype=x.dtype)
+        self._is_compiled = are_compiled(w13.format, record.device)
+        self._output = torch.empty(x.num_rows, w2.rows, dtype=x.dtype, device=record.device)
         self._is_complete = False
         if self._is_compiled:
             shape = x.num_rows, w13.rows
@@ -137,7 +137,7 @@ class ExpertRun:
             )
             self._output = output.to(x.dtype)
             return
-        gate, up = torch.empty(2, self._x.num_rows, self._w13.rows)
+        gate, up = torch.empty(2, self._x.num_rows, self._w13.rows, device=x.device)
         for offset, out in ((0, gate), (self._w3_offset, up)):
             weights = self._record[offset : offset + self._w13.nbytes]
             linear_by_dequantising(x, weights, self._w13, out)

@@ -96,6 +96,7 @@ def quantise(
         of codes float32 (G, M). x is about codes * scale. A group that holds an infinity or a NaN
         has the scale NaN.
     """
+    assert x_MK.is_cpu
     assert x_MK.dtype in _FLOATS
     assert x_MK.stride(1) == 1
     num_rows, columns = x_MK.shape
@@ -239,6 +240,8 @@ def _check_linear(
     first_block: int,
     last_block: int,
 ) -> None:
+    assert weights.is_cpu
+    assert out_MN.is_cpu
     assert weights.dtype is torch.uint8
     assert weights.shape == (layout.nbytes,)
     assert weights.is_contiguous()

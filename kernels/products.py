@@ -13,12 +13,13 @@ import torch
 from moe_server.kernels import native
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
 
+_CPU = torch.device("cpu")
 
-def are_compiled(weight_format: WeightFormat) -> bool:
+
+def are_compiled(weight_format: WeightFormat, device: torch.device = _CPU) -> bool:
     """Whether products in this format are served here, by the compiled kernels."""
-    return native.is_available() and (
-        weight_format.is_integer or weight_format is WeightFormat.BFLOAT16
-    )
+    is_served = weight_format.is_integer or weight_format is WeightFormat.BFLOAT16
+    return is_served and device.type == "cpu" and native.is_available()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def prepare(x_MK: torch.Tensor, layout: MatrixLayout) -> Activations:
         layout: A matrix of K columns. Where no kernel serves its format the rows stay as they are.
     """
     assert x_MK.shape[1] == layout.columns
-    if not are_compiled(layout.format):
+    if not are_compiled(layout.format, x_MK.device):
         return Activations(x_MK.dtype, values=x_MK)
     if not layout.format.is_integer:
         return Activations(x_MK.dtype, values=x_MK.to(torch.bfloat16).contiguous())

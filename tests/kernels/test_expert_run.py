@@ -125,6 +125,15 @@ def test_other_formats_are_torch_s_swiglu(dtype):
     assert torch.equal(run.output(), expected)
 
 
+@pytest.mark.parametrize("weight_format", COMPILED_FORMATS)
+def test_tensors_on_another_device_are_torch_s(weight_format):
+    layout, record, _ = make(weight_format)
+    run = start(layout, record.to("meta"), rows(3, torch.bfloat16).to("meta"))
+    run.advance(layout.stride_bytes)
+    assert run.output().is_meta
+    assert run.output().shape == (3, HIDDEN)
+
+
 def test_without_the_library_every_format_is_served():
     """The values above hold in a process that is not to load it."""
     done = subprocess.run(
