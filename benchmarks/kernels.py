@@ -63,11 +63,11 @@ def main() -> None:
         measured = cell()
         results[name] = measured
         bandwidths.append(measured["memory_gb_per_s"])
-        ratios[f"{name}/memory"] = measured["gb_per_s"] / measured["memory_gb_per_s"]
+        ratios[f"{name}/memory"] = measured.pop("of_memory")
         line = f"{name:>20} {measured['gb_per_s']:7.1f} {ratios[f'{name}/memory']:10.0%}"
         line += f" {measured['gflop_per_s']:9.0f}"
-        if "torch_gflop_per_s" in measured:
-            ratios[f"{name}/torch"] = measured["gflop_per_s"] / measured["torch_gflop_per_s"]
+        if "of_torch" in measured:
+            ratios[f"{name}/torch"] = measured.pop("of_torch")
             line += f" {ratios[f'{name}/torch']:14.2f}"
         print(line, flush=True)
     print(
@@ -119,7 +119,7 @@ def measure_product(
     def torch_product() -> None:
         F.linear(x_MK, next(theirs).view(torch.bfloat16).view(INTERMEDIATE, HIDDEN))
 
-    seconds = measure(
+    seconds, ratio = measure(
         ours=lambda: linear(x, next(ours), layout, out),
         torch=torch_product,
         read=lambda: native.read(next(ours)),
@@ -131,6 +131,8 @@ def measure_product(
         "memory_gb_per_s": layout.nbytes / seconds["read"] / 1e9,
         "gflop_per_s": operations / seconds["ours"] / 1e9,
         "torch_gflop_per_s": operations / seconds["torch"] / 1e9,
+        "of_memory": ratio["read"],
+        "of_torch": ratio["torch"],
     }
 
 
@@ -147,11 +149,12 @@ def measure_expert(buffer: torch.Tensor, weight_format: WeightFormat) -> dict[st
         expert.advance(layout.stride_bytes)
         expert.output()
 
-    seconds = measure(ours=run, read=lambda: native.read(next(records)))
+    seconds, ratio = measure(ours=run, read=lambda: native.read(next(records)))
     return {
         "ms": seconds["ours"] * 1e3,
         "gb_per_s": layout.weight_bytes / seconds["ours"] / 1e9,
         "memory_gb_per_s": layout.stride_bytes / seconds["read"] / 1e9,
+        "of_memory": ratio["read"],
         "gflop_per_s": 6 * INTERMEDIATE * HIDDEN / seconds["ours"] / 1e9,
     }
 
@@ -162,8 +165,13 @@ def pieces(buffer: torch.Tensor, nbytes: int) -> Iterator[torch.Tensor]:
     return cycle([buffer[i * nbytes : (i + 1) * nbytes] for i in range(count)])
 
 
-def measure(**arms: Callable[[], None]) -> dict[str, float]:
-    """Median seconds of each arm, run in turn for a while after one round that does not count."""
+def measure(**arms: Callable[[], None]) -> tuple[dict[str, float], dict[str, float]]:
+    """Runs the arms in turn for a while, after one round that does not count.
+
+    Returns:
+        Each arm's median seconds, and the median over rounds of its seconds by those of `ours`:
+        within a round, other programs disturb all arms alike.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for arm in arms.values():
         arm()
@@ -173,7 +181,11 @@ def measure(**arms: Callable[[], None]) -> dict[str, float]:
             start = time.perf_counter()
             arm()
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times, seconds["ours"], strict=True))
+        for name, times in seconds.items()
+    }
+    return {name: statistics.median(times) for name, times in seconds.items()}, ratios
 
 
 def hardware(threads: int) -> str:
