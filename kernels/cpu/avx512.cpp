@@ -165,6 +165,12 @@ MOE_TARGET void run_blocks(const IntegerProduct& product, int64_t block) {
         group.weights[b] = bytes + g * group_bytes;
         group.scales[b] = bytes + product.scales_offset + g * kBlockRows * 2;
         group.zeros[b] = bytes + product.zeros_offset + g * kBlockRows;
+        if constexpr (Int4) {
+          // Of the blocks behind these: no prefetcher follows such thin streams.
+          const int64_t next = Blocks * product.block_bytes;
+          _mm_prefetch(reinterpret_cast<const char*>(group.scales[b] + next), _MM_HINT_T1);
+          _mm_prefetch(reinterpret_cast<const char*>(group.zeros[b] + next), _MM_HINT_T1);
+        }
       }
       const int64_t at = g * product.tokens + token;
       const int8_t* codes = product.codes + at * columns;
