@@ -21,10 +21,16 @@ from transformers import AutoModelForCausalLM
 
 from moe_server import progress as progress_module
 from moe_server import synth_weights
+from moe_server.checkpoint import read_checkpoint
 from moe_server.errors import MoeServerError, Reason
+from moe_server.kernels.quantised import dequantise
+from moe_server.offload import checksum
+from moe_server.offload.checksum import ChecksumBook
+from moe_server.offload.layout import ExpertId
 from moe_server.synth import synth, synth_command
 from moe_server.synth_spec import SynthSpec
 from moe_server.synth_weights import Dtype
+from tests.stores import dense_values, matrices, record
 
 TINY = SynthSpec(
     layers=2, hidden=32, intermediate=48, experts=4, heads=4, kv_heads=2, vocab=64, seed=7
@@ -305,6 +311,106 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     # Not getrusage: a child starts with its parent's peak, and pytest has torch loaded.
     peak = next(line for line in result.stdout.splitlines() if line.startswith("VmHWM:"))
     assert int(peak.split()[1]) * 1024 < 400e6
+
+
+# Packed stores
+
+
+PACKED = replace(ODD, expert_format="int4", dense_format="int8", group_size=32)
+
+
+@pytest.mark.parametrize("expert_format", ["int8", "int4"])
+def test_a_random_store_has_the_weights_of_a_random_checkpoint(
+    tmp_path: Path, expert_format: str
+) -> None:
+    """Not the same ones: as large, as many, and nothing where there is no weight."""
+    spec = replace(
+        TINY, hidden=256, intermediate=1000, expert_format=expert_format, dense_format="int8"
+    )
+    synth(tmp_path / "m", spec)
+    store = read_checkpoint(tmp_path / "m")
+    assert store.num_parameters == spec.parameters
+    assert store.stored == spec.stored
+    for expert in store.experts:
+        for w, columns in zip(matrices(store, expert), (256, 256, 1000), strict=True):
+            assert w.shape[1] == columns
+            assert abs(w.std() * columns**0.5 - 1) < 0.02
+            assert abs(w.mean() * columns**0.5) < 0.02
+    for name, tensor in store.dense.items():
+        w = dense_values(store, name)
+        if tensor.layout is None:
+            assert w.dim() == 1 or ".gate." in name
+            continue
+        fan_in = 1 if "embed" in name else w.shape[1]
+        damping = spec.layers if "o_proj" in name else 1
+        assert abs(w.std() * (fan_in * damping) ** 0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize("expert_format", ["int8", "int4"])
+def test_what_only_fills_a_block_or_a_group_weighs_nothing(
+    tmp_path: Path, expert_format: str
+) -> None:
+    synth(tmp_path / "m", replace(PACKED, expert_format=expert_format))
+    store = read_checkpoint(tmp_path / "m")
+    layout = store.record_layout.w13
+    whole = replace(layout, rows=layout.num_blocks * 16, columns=layout.padded_columns)
+    assert (whole.rows, whole.columns) > (layout.rows, layout.columns)
+    for expert in store.experts:
+        content = record(store, expert)
+        w = dequantise(content[: layout.nbytes], whole)
+        assert (w[layout.rows :] == 0).all()
+        assert (w[:, layout.columns :] == 0).all()
+        assert (content[store.record_layout.w2_offset + store.record_layout.w2.nbytes :] == 0).all()
+
+
+@pytest.mark.parametrize("expert_format", ["int8", "int4"])
+def test_a_store_s_bytes_depend_on_neither_files_nor_threads_nor_blocks(
+    tmp_path: Path, expert_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = replace(PACKED, expert_format=expert_format)
+    synth(tmp_path / "one", spec, threads=1)
+    synth(tmp_path / "files", replace(spec, max_shard_bytes=10_000))
+    monkeypatch.setattr(synth_weights, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(checksum, "PIECE_BYTES", 4096)
+    synth(tmp_path / "blocks", spec, threads=5)
+    one = tensors_of(tmp_path / "one")
+    assert same(one, tensors_of(tmp_path / "files"))
+    assert same(one, tensors_of(tmp_path / "blocks"))
+    synth(tmp_path / "seed", replace(spec, seed=8))
+    other = tensors_of(tmp_path / "seed")
+    assert not any(torch.equal(one[name], other[name]) for name in one if "norm" not in name)
+
+
+def test_checksums_are_of_pieces_whatever_the_blocks(tmp_path: Path) -> None:
+    spec = replace(TINY, hidden=1024, intermediate=2048, heads=8, experts=1, top_k=1)
+    synth(tmp_path / "m", replace(spec, layers=1, expert_format="int8"))
+    store = read_checkpoint(tmp_path / "m")
+    book = ChecksumBook(store.checksums)
+    [segment] = store.record_segments(ExpertId(0, 0))
+    content = record(store, ExpertId(0, 0)).numpy()
+    assert len(content) > 3 * checksum.PIECE_BYTES
+    assert book.mismatch(segment.file, segment.file_offset, content.data) is None
+    content[checksum.PIECE_BYTES] ^= 1
+    found = book.mismatch(segment.file, segment.file_offset, content.data)
+    assert found == segment.file_offset + checksum.PIECE_BYTES
+
+
+def test_a_full_size_mixtral_in_int4() -> None:
+    spec = SynthSpec(expert_format="int4")
+    assert spec.parameters == SynthSpec().parameters
+    assert 26e9 < spec.data_bytes < 29e9
+    smaller = SynthSpec(expert_format="int4", dense_format="int8")
+    assert 1.5e9 < spec.data_bytes - smaller.data_bytes < 1.7e9
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"dense_format": "int8"}, "dense_format"), ({"group_size": 48}, "group_size")],
+)
+def test_formats_that_cannot_be(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(MoeServerError) as caught:
+        replace(TINY, **changes)
+    assert caught.value.field == field
 
 
 TINY_FLAGS = ["--layers=1", "--hidden=16", "--intermediate=8", "--heads=2", "--kv-heads=1"]
