@@ -19,13 +19,14 @@ from moe_server.kernels.dense import int8_embedding, int8_linear
 from moe_server.kernels.experts import ExpertRun
 from moe_server.kernels.products import prepare
 from moe_server.kernels.routing import combine, plan_routing
+from moe_server.offload.checksum import ChecksumBook
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.pages import map_pages
 from moe_server.offload.reader import Reader
 
 EXPERTS_NAME = "moe_server_layerwise"
 READ_THREADS = 2
-READ_CHUNK_BYTES = 8 * 2**20
+READ_BLOCK_BYTES = 8 * 2**20
 
 
 class LayerwiseModel:
@@ -40,7 +41,8 @@ class LayerwiseModel:
         self._checkpoint = checkpoint
         self._read = read
         self._dtype: torch.dtype = getattr(torch, checkpoint.dtype)
-        self._reader = Reader(READ_THREADS, READ_CHUNK_BYTES)
+        book = ChecksumBook(checkpoint.checksums)
+        self._reader = Reader(READ_THREADS, READ_BLOCK_BYTES, book)
         stride = checkpoint.record_layout.stride_bytes
         self._pages = map_pages(stride)
         self._record = torch.frombuffer(self._pages, dtype=torch.uint8, count=stride)

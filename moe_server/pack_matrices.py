@@ -24,7 +24,7 @@ from moe_server.offload.pages import map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 
 READ_THREADS = 2
-READ_CHUNK_BYTES = 8 * 2**20
+READ_BLOCK_BYTES = 8 * 2**20
 ROWS_ELEMENTS = 2**16
 """Weights that one thread quantises at a time: they and what is made of them stay in its cache."""
 
@@ -66,7 +66,7 @@ class MatrixMaker:
         self._source = source
         self._record_layout = record_layout
         self._dtype: torch.dtype = getattr(torch, source.dtype)
-        self._reader = Reader(READ_THREADS, READ_CHUNK_BYTES)
+        self._reader = Reader(READ_THREADS, READ_BLOCK_BYTES)
         # Each works on rows of its own; torch would split every small product once more.
         self._executor = ThreadPoolExecutor(
             threads or len(os.sched_getaffinity(0)), "quantise", torch.set_num_threads, (1,)

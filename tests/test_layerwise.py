@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_server.checkpoint import read_checkpoint
+from moe_server.errors import MoeServerError
 from moe_server.kernels import native
 from moe_server.layerwise import LayerwiseModel
+from moe_server.offload.layout import ExpertId
 from tests.stores import dense_values, matrices, pack_as
 from tests.tiny import Tiny
 
@@ -79,3 +81,16 @@ def test_it_tells_what_it_read(tmp_path):
     layerwise(tmp_path / "m", sizes.append)
     experts = len(checkpoint.experts) * checkpoint.record_layout.weight_bytes
     assert sum(sizes) == checkpoint.dense_bytes + experts
+
+
+def test_a_damaged_store_is_not_measured(tmp_path):
+    Tiny().write(tmp_path / "m")
+    pack_as(tmp_path / "m", tmp_path / "out", "int8")
+    [segment] = read_checkpoint(tmp_path / "out").record_segments(ExpertId(1, 3))
+    with segment.file.open("r+b") as file:
+        file.seek(segment.file_offset + 100)
+        byte = file.read(1)[0]
+        file.seek(segment.file_offset + 100)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(MoeServerError, match=segment.file.name):
+        layerwise(tmp_path / "out")
