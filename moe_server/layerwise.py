@@ -1,8 +1,8 @@
 """A model that keeps none of its weights: each is read when it is needed and forgotten.
 
 For looking at a checkpoint of any size in little memory, once: `drift` compares two of them. The
-architecture is transformers', attention its own; experts and quantised matrices are computed by the
-kernels that serve them. Knows no cache, no batches and no tokens beyond one call.
+architecture and the attention are transformers'; matrices are computed by the kernels that serve
+them. Knows no cache, no batches and no tokens beyond one call.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe_server.checkpoint import Checkpoint, DenseTensor
-from moe_server.kernels.dense import int8_embedding, int8_linear
+from moe_server.dense import use_kernels
 from moe_server.kernels.experts import ExpertRun
 from moe_server.kernels.products import prepare
 from moe_server.kernels.routing import combine, plan_routing
@@ -93,6 +93,7 @@ class LayerwiseModel:
             for name in [name for name, _ in experts.named_parameters()]:
                 delattr(experts, name)
             experts.run_layerwise = partial(self._run_layer, number)
+        use_kernels(module, self._checkpoint, torch.device("cpu"))
         dense = self._checkpoint.dense
         for parameter, tensor in dense.items():
             self._attach(module.get_submodule(parameter.removesuffix(".weight")), tensor)
@@ -102,28 +103,19 @@ class LayerwiseModel:
 
     def _attach(self, owner: nn.Module, tensor: DenseTensor) -> None:
         """Lets a module have its weight while it computes."""
-        layout = tensor.layout
-        if layout is None:
-            empty = owner.get_parameter("weight")
+        empty = owner.get_parameter("weight")
 
-            def before(module: Any, _args: object) -> None:
-                weight = self._read_dense(tensor).view(self._dtype).view(tensor.shape)
-                module.weight = nn.Parameter(weight, requires_grad=False)
+        def before(module: Any, _args: object) -> None:
+            weight = self._read_dense(tensor)
+            if tensor.layout is None:
+                weight = weight.view(self._dtype).view(tensor.shape)
+            module.weight = nn.Parameter(weight, requires_grad=False)
 
-            def after(module: Any, _args: object, _output: object) -> None:
-                module.weight = empty
+        def after(module: Any, _args: object, _output: object) -> None:
+            module.weight = empty
 
-            owner.register_forward_pre_hook(before)
-            owner.register_forward_hook(after)
-            return
-        # Not with a hook: what the module itself computes with its weight is not wanted.
-        computing: Any = owner
-        if isinstance(owner, nn.Embedding):
-            computing.forward = lambda ids: int8_embedding(
-                ids, self._read_dense(tensor), layout, self._dtype
-            )
-        else:
-            computing.forward = lambda x: int8_linear(x, self._read_dense(tensor), layout)
+        owner.register_forward_pre_hook(before)
+        owner.register_forward_hook(after)
 
     def _read_dense(self, tensor: DenseTensor) -> torch.Tensor:
         weight = torch.empty(tensor.nbytes, dtype=torch.uint8)
