@@ -24,6 +24,7 @@ from moe_server.pack_files import StorePlan, write_store
 from moe_server.pack_journal import JOURNAL_FILE, Finished, Journal
 from moe_server.pack_matrices import RoundingError
 from moe_server.packed import (
+    FORMAT_VERSION,
     MANIFEST_FILE,
     MAX_FILE_BYTES,
     Manifest,
@@ -104,6 +105,7 @@ def pack(
         "source": _source_files(checkpoint),
         "format": stored.names,
         "file size": max_file_bytes,
+        "version": FORMAT_VERSION,
     }
     with complete_or_absent(
         out,

@@ -82,9 +82,17 @@ class Journal:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Those that were written to their end."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith(b"\n")]
+    """Those before the first that a kill, or the disk, has spoilt."""
+    lines: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            is_table = isinstance(json.loads(line), dict)
+        except ValueError:
+            break
+        if not is_table or not line.endswith(b"\n"):
+            break
+        lines.append(line)
+    return lines
 
 
 def _changed_keys(lines: list[bytes], identity: Mapping[str, Any]) -> list[str]:

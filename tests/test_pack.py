@@ -273,12 +273,19 @@ def test_what_was_damaged_meanwhile_is_made_again(source, begun, tmp_path):
     assert files_of(begun) == files_of(tmp_path / "whole")
 
 
-def test_a_line_that_a_kill_cut_short_does_not_count(source, begun, tmp_path):
+@pytest.mark.parametrize("end", [b"", b"\n", b"\0\0\0\0\0"], ids=["cut", "garbage", "zeros"])
+def test_a_line_that_is_spoilt_does_not_count(source, begun, tmp_path, end):
     pack_as(source, tmp_path / "whole", "int4")
     journal = tmp_path / "out.partial" / JOURNAL_FILE
-    journal.write_bytes(journal.read_bytes()[:-5])
+    journal.write_bytes(journal.read_bytes()[:-5] + end)
     assert pack_as(source, begun, "int4").resumed == 2
     assert files_of(begun) == files_of(tmp_path / "whole")
+
+
+def test_a_journal_that_is_spoilt_from_its_beginning_is_no_journal(source, begun):
+    journal = begun.with_name("out.partial") / JOURNAL_FILE
+    journal.write_bytes(b"\0" * 100)
+    assert pack_as(source, begun, "int4").resumed == 0
 
 
 @pytest.mark.parametrize("change", ["format", "group", "source", "config"])
