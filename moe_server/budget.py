@@ -26,8 +26,11 @@ READ_BLOCK_BYTES = 8 * 2**20
 QUERY_TILE_TOKENS = 16
 """Positions of a prompt that attention takes at once; tiles begin at multiples of it."""
 
-DEQUANTISED_ROWS = 512
+DEQUANTISED_ROWS = 64
 """Rows of an integer matrix that torch computes with at once where no kernel does."""
+
+EXPERT_ROWS = 256
+"""Rows of a batch that an expert computes at once: what it holds in between is bounded by them."""
 
 CUDA_STAGING_RECORDS = 2
 """On CUDA an expert passes through pinned host memory on its way from disk."""
@@ -298,9 +301,10 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     combining = picks * hidden * item + tokens * hidden * (2 * item + 8)
     intermediate = checkpoint.intermediate_size
     # Rows in and out; gate, up and their product in float32, and as the products want them.
-    one_expert = tokens * (2 * hidden * item + intermediate * (3 * 4 + item))
+    at_once = min(tokens, EXPERT_ROWS)
+    one_expert = tokens * 3 * hidden * item + at_once * intermediate * (3 * 4 + item)
     if checkpoint.stored.experts.is_integer:
-        one_expert += _quantised_bytes(tokens, hidden) + _quantised_bytes(tokens, intermediate)
+        one_expert += _quantised_bytes(tokens, hidden) + _quantised_bytes(at_once, intermediate)
         # Without compiled kernels some rows of a matrix are dequantised at a time, in four steps.
         one_expert += 4 * 4 * DEQUANTISED_ROWS * max(hidden, intermediate)
     experts = combining + one_expert

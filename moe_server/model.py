@@ -20,6 +20,7 @@ from torch import nn
 
 from moe_server import zero3
 from moe_server.attention import ATTENTION_NAME, RaggedBatch, RequestSpan, paged_attention
+from moe_server.budget import EXPERT_ROWS
 from moe_server.checkpoint import Checkpoint
 from moe_server.dense import use_kernels
 from moe_server.errors import MoeServerError, Reason
@@ -275,33 +276,48 @@ class Model:
         self, activation: Activation, rows: "Rows", index: torch.Tensor, held: Held
     ) -> torch.Tensor:
         """One expert over the rows that `index` names, where its weights are."""
+        first, *others = torch.split(index, EXPERT_ROWS)
         if held.memory.device.type == "cpu" and self._has_silu:
-            layout = self._layout
-            run = ExpertRun(
-                rows.prepared(index),
-                held.memory,
-                layout.w13,
-                layout.w2,
-                layout.w3_offset,
-                layout.w2_offset,
-            )
+            run = self._start_expert(rows, first, held)
             for arrived_bytes in held.arrivals:
                 run.advance(arrived_bytes)
-            if not held.dropped:
-                return run.output().to(self._device)
+            outputs = [] if held.dropped else [run.output()]
         else:
             for _ in held.arrivals:
                 pass
-        x_NH = rows.values[index]
+            others = [first, *others]
+            outputs = []
         if held.dropped:
-            return torch.zeros_like(x_NH)
+            return rows.values.new_zeros(len(index), rows.values.shape[1])
+        outputs += [self._run_arrived(activation, rows, part, held) for part in others]
+        return torch.cat(outputs).to(self._device)
+
+    def _run_arrived(
+        self, activation: Activation, rows: "Rows", index: torch.Tensor, held: Held
+    ) -> torch.Tensor:
+        """At most EXPERT_ROWS rows, with all of the expert's weights there."""
+        if held.memory.device.type == "cpu" and self._has_silu:
+            run = self._start_expert(rows, index, held)
+            run.advance(self._layout.stride_bytes)
+            return run.output()
         return swiglu(
-            x_NH.to(held.memory.device),
+            rows.values[index].to(held.memory.device),
             held.memory,
             intermediate_size=self.checkpoint.intermediate_size,
             w2_offset=self._layout.w2_offset,
             activation=activation,
-        ).to(self._device)
+        )
+
+    def _start_expert(self, rows: "Rows", index: torch.Tensor, held: Held) -> ExpertRun:
+        layout = self._layout
+        return ExpertRun(
+            rows.prepared(index),
+            held.memory,
+            layout.w13,
+            layout.w2,
+            layout.w3_offset,
+            layout.w2_offset,
+        )
 
     def _attach(self, layer: int, block: nn.Module) -> None:
         """Gives a layer's sparse block our experts, and times its router."""
