@@ -68,6 +68,11 @@ class MemoryPlan:
         return (self.num_records + self.num_staging) * self.slot_bytes
 
     @property
+    def num_absent(self) -> int:
+        """Experts that have a place in neither tier."""
+        return max(0, self.num_experts_total - self.num_slots - self.num_records)
+
+    @property
     def fixed_bytes(self) -> int:
         """Device bytes that do not depend on how many experts are resident."""
         return self.dense_bytes + self.kv_bytes + self.workspace_bytes
@@ -80,7 +85,6 @@ class MemoryPlan:
     def table(self) -> list[tuple[str, str]]:
         """Rows for people: what, and how much."""
         experts = self.num_experts_total
-        on_disk = max(0, experts - self.num_slots - self.num_records)
         return [
             ("device budget", format_bytes(self.device_budget_bytes)),
             ("  dense weights", format_bytes(self.dense_bytes)),
@@ -96,7 +100,7 @@ class MemoryPlan:
                 "  expert records",
                 f"{format_bytes(self.records_bytes)} ({self.num_records} experts)",
             ),
-            ("left on disk", f"{on_disk} experts of {format_bytes(self.expert_bytes)}"),
+            ("left on disk", f"{self.num_absent} experts of {format_bytes(self.expert_bytes)}"),
             ("longest request", f"{self.max_request_tokens} tokens"),
         ]
 

@@ -60,7 +60,8 @@ class Engine:
             device=device,
             num_blocks=plan.num_blocks,
             block_tokens=block_tokens,
-            prefetch=config.prefetch,
+            # Where every expert has a place there is nothing to read ahead.
+            prefetch=config.prefetch and plan.num_absent > 0,
         )
         self._poll = poll
         self.scheduler = Scheduler(

@@ -331,7 +331,9 @@ class Model:
             nonlocal started
             started = time.perf_counter()
 
-        def after(_module: nn.Module, _args: object, _output: object) -> None:
+        def after(_module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
+            if self._look_ahead is not None:
+                self._look_ahead.observe(layer, output[0])
             self.router_s += time.perf_counter() - started
 
         gate = block.get_submodule("gate")
