@@ -228,7 +228,7 @@ def test_a_record_that_is_not_on_a_page(store):
 
 
 def test_a_plan_counts_what_is_stored(source, packed):
-    config = load_config(flags={"device_memory": "min"}, environ={})
+    config = load_config(flags={"device_memory": "min", "dense_backend": "resident"}, environ={})
     store, plain = read_checkpoint(packed), read_checkpoint(source)
     plan = plan_memory(config, store)
     assert plan.slot_bytes == store.record_layout.stride_bytes
@@ -245,7 +245,7 @@ def test_a_plan_counts_what_is_stored(source, packed):
     ("wanted", "refused"), [("checkpoint", False), ("int4", False), ("int8", True), ("bf16", True)]
 )
 def test_expert_format_asserts_what_a_store_holds(packed, wanted, refused):
-    config = load_config(flags={"expert_format": wanted, "device_memory": "min"}, environ={})
+    config = load_config(flags={"expert_format": wanted, "dense_backend": "resident"}, environ={})
     if not refused:
         plan_memory(config, read_checkpoint(packed))
         return
