@@ -6,7 +6,7 @@ PORT ?= 50051
 PROTOS := $(wildcard proto/moe_server/v1/*.proto)
 BUF := build/buf/node_modules/.bin/buf
 
-.PHONY: run test lint types proto proto-check bench-policy clean
+.PHONY: run test lint types proto proto-check bench-policy bench-paging clean
 
 # Installs, serves the embedded model, waits for its proof, streams a completion, stops.
 run: $(VENV)/.installed
@@ -25,6 +25,11 @@ types: $(VENV)/.installed-dev
 # Replays every eviction policy on synthetic and recorded traces. QUICK=1: in 20 seconds.
 bench-policy: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.policy_replay
+
+# Our engine and its peers when experts do not fit: benchmarks/paging.py says what QUICK=1, FULL=1 and
+# ARGS do. Caps need root.
+bench-paging: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.paging $(if $(QUICK),--quick) $(if $(FULL),--full) $(ARGS)
 
 # Stubs of 1.76 run under every newer grpcio and protobuf 6 or 7.
 proto: $(VENV)/.installed-dev

@@ -5,7 +5,7 @@ close to uniform, so a cache that holds a share r of every layer's experts misse
 of them a layer. No token can be faster than those bytes at the disk's bandwidth, nor than the
 weights it uses at the memory's. Both are measured here, beside every server that is measured.
 
-    python benchmarks/residency.py --model /data/mixtral-4 [--rounds 2] [--new-tokens 16]
+    python -m benchmarks.residency --model /data/mixtral-4 [--rounds 2] [--new-tokens 16]
 
 Starts `moe-server serve` for one budget after another, round by round, and speaks gRPC to it.
 Prints a table and one JSON line, and keeps the latter in benchmarks/results/.
@@ -26,13 +26,12 @@ from pathlib import Path
 
 import torch
 
-from moe_server.budget import READ_BLOCK_BYTES, plan_memory
+from benchmarks.ceilings import disk_bytes_per_s, memory_bytes_per_s
+from moe_server.budget import plan_memory
 from moe_server.checkpoint import Checkpoint, read_checkpoint
 from moe_server.client import Client
 from moe_server.commands.startup import wait_ready
 from moe_server.config import load_config
-from moe_server.offload.arena import Arena
-from moe_server.offload.reader import Reader
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,10 +79,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=50059)
     args = parser.parse_args()
     checkpoint = read_checkpoint(args.model)
+    shards = sorted(args.model.glob("*.safetensors"))
     measured: dict[str, list[Measured]] = {arm.name: [] for arm in ARMS}
     for number in range(args.rounds):
         for arm in ARMS:
-            disk = _disk_bytes_per_s(checkpoint)
+            disk = disk_bytes_per_s(shards, checkpoint.record_layout.weight_bytes)
             with _server(args.model, _flags(arm, checkpoint, args.model), args.port) as client:
                 ready_s = client.status().startup.elapsed.ToNanoseconds() / 1e9
                 result = _measure(client, checkpoint, args.new_tokens, number)
@@ -145,33 +145,6 @@ def _measure(
     )
 
 
-def _disk_bytes_per_s(checkpoint: Checkpoint) -> float:
-    """Reads four experts through our own reader, past the page cache."""
-    stride = checkpoint.record_layout.stride_bytes
-    arena, reader = Arena(1, stride), Reader(4, READ_BLOCK_BYTES)
-    experts = random.sample(list(checkpoint.experts), min(4, len(checkpoint.experts)))
-    reader.submit(
-        checkpoint.record_segments(experts[0]), arena[0].data_ptr()
-    ).wait()  # faults pages
-    started = time.perf_counter()
-    for expert in experts[1:]:
-        reader.submit(checkpoint.record_segments(expert), arena[0].data_ptr()).wait()
-    elapsed = time.perf_counter() - started
-    reader.close()
-    return checkpoint.record_layout.weight_bytes * (len(experts) - 1) / elapsed
-
-
-def _memory_bytes_per_s() -> float:
-    """Sums 1 GiB a few times; the best run, as a ceiling is meant."""
-    block = torch.ones(2**28)
-    runs = []
-    for _ in range(5):
-        started = time.perf_counter()
-        block.sum()
-        runs.append(2**30 / (time.perf_counter() - started))
-    return max(runs)
-
-
 def _report(measured: dict[str, list[Measured]], checkpoint: Checkpoint) -> None:
     experts_per_token = checkpoint.num_layers * checkpoint.num_experts_per_token
     expert_bytes = checkpoint.record_layout.weight_bytes
@@ -203,7 +176,7 @@ def _report(measured: dict[str, list[Measured]], checkpoint: Checkpoint) -> None
         "bench": "residency",
         "commit": commit,
         "hardware": {"cpu": platform.machine(), "cores": torch.get_num_threads()},
-        "ceilings": {"memory_bytes_per_s": _memory_bytes_per_s()},
+        "ceilings": {"memory_bytes_per_s": memory_bytes_per_s()},
         "results": {name: [asdict(run) for run in runs] for name, runs in measured.items()},
         "ratios": {},
     }
