@@ -60,7 +60,8 @@ class Child:
             raise ChildFailedError(f"no answer within {timeout_s:.0f} s") from None
         if line is None:
             raise ChildFailedError(self._how_it_ended())
-        return json.loads(line)
+        parsed: dict[str, Any] = json.loads(line)
+        return parsed
 
     def _collect(self) -> None:
         assert self._process.stdout is not None

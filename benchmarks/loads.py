@@ -40,8 +40,8 @@ class Work:
     def tokens_per_s(self, answer: dict[str, Any]) -> float:
         """What a runner's answer comes to."""
         if self.kind == "decode":
-            return answer["steps"] * answer["sequences"] / answer["seconds"]
-        return answer["prompt_tokens"] / answer["seconds"]
+            return float(answer["steps"] * answer["sequences"] / answer["seconds"])
+        return float(answer["prompt_tokens"] / answer["seconds"])
 
 
 DECODE_1 = Work("decode", "b1", 1, PROMPT_TOKENS, new_tokens=24, skip=4)

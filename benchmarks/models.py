@@ -17,9 +17,11 @@ from moe_server.synth_spec import SynthSpec
 MAKE_TIMEOUT_S = 3600
 Q4_0_BYTES_PER_WEIGHT = 0.575
 """Of a whole file: 4.5 bits a weight, and a few tensors of more."""
-INT4_DENSE_BYTES_PER_WEIGHT = 2
+INT4_DENSE_BYTES_PER_WEIGHT = 1.05
 INT4_EXPERT_BYTES_PER_WEIGHT = 0.57
-"""An upper bound: 4 bits a weight, and what scales each group."""
+"""Upper bounds: 8 and 4 bits a weight, and what scales a row or a group."""
+DENSE = ("--dense-format", "int8")
+"""The peer's 4-bit files have no large matrix in bf16 either."""
 WRITER = Path(__file__).parent / "peers/write_gguf.py"
 
 
@@ -156,7 +158,9 @@ class ModelFolder:
     def _command(self, model: Model) -> list[str]:
         out, ours = str(self.path(model.name)), [sys.executable, "-m", "moe_server"]
         if model.format == "int4" and model.source:
-            return [*ours, "pack", str(self.path(model.source)), out, "--format", "int4"]
+            source = str(self.path(model.source))
+            # Random weights have no text whose perplexity could say anything.
+            return [*ours, "pack", source, out, "--format", "int4", *DENSE, "--drift-tokens", "0"]
         if model.format in ("bf16", "int4"):
             spec = model.spec
             shape = [
@@ -164,8 +168,8 @@ class ModelFolder:
                 *("--intermediate", str(spec.intermediate), "--vocab", str(spec.vocab)),
                 *("--heads", str(spec.heads), "--kv-heads", str(spec.kv_heads)),
             ]
-            expert_format = ["--expert-format", "int4"] if model.format == "int4" else []
-            return [*ours, "synth", out, *shape, *expert_format]
+            stored = ["--expert-format", "int4", *DENSE] if model.format == "int4" else []
+            return [*ours, "synth", out, *shape, *stored]
         writer = [str(self._writer_python()), str(WRITER)]
         if model.format == "gguf-bf16":
             return [*writer, "convert", str(self.path(model.source or "")), out]

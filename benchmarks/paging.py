@@ -70,8 +70,8 @@ def main() -> int:
 
 def _report(bench: Bench) -> None:
     samples = summary.grouped(bench.samples)
-    for line in summary.table(samples, OURS):
-        print(line)
+    for row in summary.table(samples, OURS):
+        print(row)
     for place, reason in bench.unavailable.items():
         print(f"no result: {place}: {reason}")
     commit = subprocess.run(
@@ -82,6 +82,7 @@ def _report(bench: Bench) -> None:
         check=False,
     ).stdout.strip()
     probes = bench.disk_bytes_per_s or [0.0]
+    found = summary.results(samples)
     line = {
         "bench": "paging",
         "commit": commit,
@@ -91,13 +92,13 @@ def _report(bench: Bench) -> None:
             "disk_bytes_per_s": statistics.median(probes),
             "disk_bytes_per_s_range": [min(probes), max(probes)],
         },
-        "results": summary.results(samples),
+        "results": found,
         "ratios": summary.ratios(samples, OURS),
         "unavailable": bench.unavailable,
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"paging-{commit}.json").write_text(json.dumps(line, indent=1) + "\n")
-    for of_key in line["results"].values():
+    for of_key in found.values():
         for result in of_key.values():
             del result["runs"]
     print(json.dumps(line))
@@ -105,8 +106,8 @@ def _report(bench: Bench) -> None:
 
 def _hardware() -> dict[str, Any]:
     fields = {}
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
+    for row in Path("/proc/cpuinfo").read_text(encoding="ascii").splitlines():
+        name, _, value = row.partition(":")
         fields[name.strip()] = value.strip()
     memory = Path("/proc/meminfo").read_text(encoding="ascii").split()[1]
     return {

@@ -21,7 +21,8 @@ Generate = Callable[[Prompts, int], Iterator[list[int]]]
 
 def session() -> dict[str, Any]:
     """What this process was started for."""
-    return json.loads(sys.argv[1])
+    job: dict[str, Any] = json.loads(sys.argv[1])
+    return job
 
 
 def serve(
@@ -63,7 +64,8 @@ def measured(
     """
     prompts, skip = work["prompts"], work.get("skip", 0)
     before = _now(counters)
-    steps, tokens = 0, [[] for _ in prompts]
+    steps = 0
+    tokens: list[list[int]] = [[] for _ in prompts]
     for step in generate(prompts, work["new_tokens"]):
         steps += 1
         for ids, token in zip(tokens, step, strict=True):

@@ -73,7 +73,7 @@ class Converted:
 
     def __init__(self, checkpoint: Path, config: dict[str, Any]) -> None:
         self._config = config
-        self._tensors: dict[str, tuple[np.memmap, tuple[int, ...]]] = {}
+        self._tensors: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {}
         for file in sorted(checkpoint.glob("*.safetensors")):
             data = np.memmap(file, np.uint8, "r")
             start = 8 + int.from_bytes(data[:8].tobytes(), "little")
