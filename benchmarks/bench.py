@@ -98,6 +98,8 @@ class Bench:
             if available_memory_bytes() < needed:
                 raise ChildFailedError(f"needs {needed / 1e9:.0f} GB of free memory")
         cap_bytes = self._cap_bytes(load, keep)
+        if contender.fills_scratch:
+            self.models.make_room(MODELS[contender.model].size_bytes, keep)
         scratch.mkdir(exist_ok=True)
         job = {
             "model": str(model),

@@ -34,6 +34,8 @@ class Contender:
     """None: ours."""
     options: Callable[[int | None, Path], dict[str, Any]]
     """(cap in bytes, a scratch folder) -> what the script is told."""
+    fills_scratch: bool = False
+    """Whether it writes the model into the scratch folder once more."""
 
     @property
     def is_ours(self) -> bool:
