@@ -101,43 +101,28 @@ class Bench:
         if contender.fills_scratch:
             self.models.make_room(MODELS[contender.model].size_bytes, keep)
         scratch.mkdir(exist_ok=True)
-        job = {
-            "model": str(model),
-            "threads": usable_cores(),
-            "max_total_tokens": MAX_TOTAL_TOKENS,
-            "options": contender.options(cap_bytes, scratch),
-            "prompt": prompt(f"{number}/start", PROMPT_TOKENS),
-        }
-        command = [str(python), str(PEERS / contender.script), json.dumps(job)]
-        environ = {"PYTHONPATH": str(ROOT)} if contender.is_ours else {"PYTHONPATH": ""}
-        log = self._folder / "logs" / f"{contender.name.replace(' ', '_')}.log"
-        if can_cap() is None:
-            drop_page_cache()
         capacity = cap_bytes or (None if load.all_fits else available_memory_bytes())
-        probe = _Probe(self, model)
-        with running(command, cap_bytes=cap_bytes, log=log, environ=environ) as child:
-            facts = child.answer(START_TIMEOUT_S)
-            mixture = _mixture(contender, model, facts)
-
-            def add(key: str, value: float, read_bytes: float, tokens: int) -> None:
-                least = mixture.least_read_bytes(capacity, tokens) if capacity else None
-                disk = probe.around()
-                sample = Sample(key, contender.name, number, value, read_bytes, disk, least, tokens)
-                self.samples.append(sample)
-                print(
-                    f"{key} {contender.name} #{number}: {value:.2f}, {read_bytes / 1e6:.0f} MB, "
-                    f"disk {disk / 1e9:.2f} GB/s",
-                    file=sys.stderr,
-                )
-
-            if load.cold_start:
-                seconds = facts["first_token_at"] - child.started_at
-                add(load.key(COLD_START), seconds, facts["read_bytes"], PROMPT_TOKENS)
-            for work in load.works:
-                answer = _ask(child, work, number)
-                read = answer["read_bytes"] / answer["steps"]
-                key = load.key(work.kind, work.label)
-                add(key, work.tokens_per_s(answer), read, work.tokens_per_step)
+        turn = _Turn(self, load, contender, number, model, capacity)
+        # Ours preloads before it serves; a cold start is one without. The peers start one way only.
+        starts = [True, False] if contender.is_ours and load.cold_start else [load.cold_start]
+        for cold in starts:
+            job = {
+                "model": str(model),
+                "threads": usable_cores(),
+                "max_total_tokens": MAX_TOTAL_TOKENS,
+                "options": contender.options(cap_bytes, scratch),
+                "prompt": prompt(f"{number}/start", PROMPT_TOKENS),
+                "cold": cold,
+            }
+            command = [str(python), str(PEERS / contender.script), json.dumps(job)]
+            environ = {"PYTHONPATH": str(ROOT) if contender.is_ours else ""}
+            log = self._folder / "logs" / f"{contender.name.replace(' ', '_')}.log"
+            if can_cap() is None:
+                drop_page_cache()
+            with running(command, cap_bytes=cap_bytes, log=log, environ=environ) as child:
+                turn.begin(child, cold=cold)
+                if cold is starts[-1]:
+                    turn.work(child)
 
     def _cap_bytes(self, load: Load, keep: set[str]) -> int | None:
         if load.cap_share is None:
@@ -152,6 +137,57 @@ class Bench:
         except (EnvironmentUnavailableError, ModelUnavailableError):
             return round(load.cap_share * MODELS[peer].size_bytes)
         return round(load.cap_share * path.stat().st_size)
+
+
+class _Turn:
+    """What one contender brings in one repetition of a load, and the disk beside it."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        load: Load,
+        contender: Contender,
+        number: int,
+        model: Path,
+        capacity_bytes: int | None,
+    ) -> None:
+        self._bench = bench
+        self._load = load
+        self._contender = contender
+        self._number = number
+        self._model = model
+        self._capacity_bytes = capacity_bytes
+        self._probe = _Probe(bench, model)
+
+    def begin(self, child: Child, *, cold: bool) -> None:
+        """Waits for the first token; counts if the start was a cold one."""
+        facts = child.answer(START_TIMEOUT_S)
+        self._mixture = _mixture(self._contender, self._model, facts)
+        if cold:
+            seconds = facts["first_token_at"] - child.started_at
+            self._add(self._load.key(COLD_START), seconds, facts["read_bytes"], PROMPT_TOKENS)
+
+    def work(self, child: Child) -> None:
+        """Asks for the load's works, one after another."""
+        for work in self._load.works:
+            answer = _ask(child, work, self._number)
+            read = answer["read_bytes"] / answer["steps"]
+            key = self._load.key(work.kind, work.label)
+            self._add(key, work.tokens_per_s(answer), read, work.tokens_per_step)
+
+    def _add(self, key: str, value: float, read_bytes: float, tokens: int) -> None:
+        least = None
+        if self._capacity_bytes:
+            least = self._mixture.least_read_bytes(self._capacity_bytes, tokens)
+        disk, name = self._probe.around(), self._contender.name
+        self._bench.samples.append(
+            Sample(key, name, self._number, value, read_bytes, disk, least, tokens)
+        )
+        print(
+            f"{key} {name} #{self._number}: {value:.2f}, {read_bytes / 1e6:.0f} MB, "
+            f"disk {disk / 1e9:.2f} GB/s",
+            file=sys.stderr,
+        )
 
 
 class _Probe:

@@ -1,5 +1,12 @@
-"""Our engine, measured as the peers are: in one process, without the server around it."""
+"""Our engine, measured as the peers are: in one process, without the server around it.
 
+The steps are those of the engine process (`moe_server/engine_process.py`): reading begins before
+the heavy libraries are imported. For a cold start the first prompt comes at once; otherwise the
+preload has touched every expert before, as in a server that is READY.
+"""
+
+import os
+import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -9,8 +16,9 @@ from session import Prompts, serve, session
 from moe_server.budget import RUNTIME_BYTES, plan_memory
 from moe_server.checkpoint import read_checkpoint
 from moe_server.config import load_config
-from moe_server.engine import Engine
+from moe_server.engine_process import SWITCH_INTERVAL_S
 from moe_server.messages import Submit
+from moe_server.weights import Weights
 
 
 def main() -> None:
@@ -28,9 +36,18 @@ def main() -> None:
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(Path(job["model"]))
     plan = plan_memory(config, checkpoint)
-    engine = Engine(config, checkpoint, plan)
-    # Experts are read when the first prompt wants them: a cold start loads no more than it needs.
-    engine.model.load_dense(engine.reader, lambda _: None)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    weights = Weights(config, checkpoint, plan)
+    weights.begin()
+    from moe_server.engine import Engine  # noqa: PLC0415  see above
+    from moe_server.warmup.preload import preload  # noqa: PLC0415
+
+    engine = Engine(config, plan, weights)
+    if job["cold"]:
+        engine.model.load_dense(lambda _: None)
+    else:
+        preload(engine, config, plan, lambda _: None)
     numbers = count()
 
     def generate(prompts: Prompts, new_tokens: int) -> Iterator[list[int]]:
@@ -50,9 +67,6 @@ def main() -> None:
         return {"expert_read_bytes": engine.cache.counters.read_bytes}
 
     facts = {
-        "num_layers": checkpoint.num_layers,
-        "num_experts": checkpoint.num_experts,
-        "top_k": checkpoint.num_experts_per_token,
         "expert_bytes": plan.expert_bytes,
         "dense_bytes": plan.dense_bytes,
         "num_slots": plan.num_slots,

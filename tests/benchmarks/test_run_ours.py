@@ -19,6 +19,7 @@ def test_serves_works_one_after_another(tmp_path: Path) -> None:
         "threads": 1,
         "max_total_tokens": 1024,
         "options": {"memory_bytes": None},
+        "cold": True,
         "prompt": prompts[0],
     }
     command = [sys.executable, str(ROOT / "benchmarks/peers/run_ours.py"), json.dumps(job)]
@@ -30,7 +31,6 @@ def test_serves_works_one_after_another(tmp_path: Path) -> None:
     expected = transformers_answers(model, prompts, 6)
     assert facts["first_token_at"] > child.started_at
     assert facts["token"] == expected[0].token_ids[0]
-    assert facts["num_slots"] == 16
     assert decode["token_ids"] == [answer.token_ids for answer in expected]
     assert (decode["steps"], decode["sequences"]) == (4, 3)
     assert decode["expert_read_bytes"] == 0  # all of them were resident by then
