@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 CGROUPS = Path("/sys/fs/cgroup/memory")
+ANSWERS = "MOE_BENCH_ANSWERS"
 TAIL_CHARACTERS = 600
 END_TIMEOUT_S = 30
 
@@ -30,11 +31,17 @@ class Child:
     """A running process; use `running`."""
 
     def __init__(
-        self, process: subprocess.Popen[str], group: Path | None, log: Path, started_at: float
+        self,
+        process: subprocess.Popen[str],
+        answers: TextIO,
+        group: Path | None,
+        log: Path,
+        started_at: float,
     ) -> None:
         self.started_at = started_at
         """`time.monotonic()`, which Linux shares between processes."""
         self._process = process
+        self._answers = answers
         self._group = group
         self._log = log
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -64,9 +71,9 @@ class Child:
         return parsed
 
     def _collect(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._answers:
+            for line in self._answers:
+                self._lines.put(line)
         self._lines.put(None)
 
     def _how_it_ended(self) -> str:
@@ -81,23 +88,30 @@ class Child:
 def running(
     command: Sequence[str], *, cap_bytes: int | None, log: Path, environ: Mapping[str, str]
 ) -> Iterator[Child]:
-    """Starts `command`, within `cap_bytes` of memory if given; its stderr goes to `log`."""
-    with _memory_cap(cap_bytes) as group, log.open("w") as stderr:
+    """Starts `command`, within `cap_bytes` of memory if given.
+
+    It answers to the descriptor that `ANSWERS` in its environment names; whatever it and its
+    libraries print goes to `log`.
+    """
+    with _memory_cap(cap_bytes) as group, log.open("w") as printed:
         if group is not None:
             enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
             command = ["/bin/sh", "-c", enter, "sh", *command]
+        reading, writing = os.pipe()
         started_at = time.monotonic()
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={**os.environ, **environ},
+            stdout=printed,
+            stderr=printed,
+            env={**os.environ, **environ, ANSWERS: str(writing)},
+            pass_fds=[writing],
             text=True,
             start_new_session=True,  # so that it and all it starts can be ended together
         )
+        os.close(writing)
         try:
-            yield Child(process, group, log, started_at)
+            yield Child(process, os.fdopen(reading), group, log, started_at)
         finally:
             _end(process)
 
@@ -126,8 +140,6 @@ def _end(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
 
 
 @contextmanager

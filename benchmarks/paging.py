@@ -53,7 +53,8 @@ def main() -> int:
     if reason := can_cap():
         print(f"Only loads without a cap, from a warm page cache: {reason}.", file=sys.stderr)
         loads = tuple(load for load in loads if load.all_fits)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore the former
+        signal.signal(number, signal.default_int_handler)
     bench = Bench(
         Path(os.environ.get("MOE_BENCH_DIR", FOLDER)),
         round(float(os.environ.get("MOE_BENCH_MAX_GB", MAX_GB)) * 1e9),

@@ -1,9 +1,9 @@
 """How a measured process talks to the benchmark, and how its work is timed: the same for all peers.
 
-The process is started with one JSON argument (the session: model, threads, options). It answers
-with a JSON line once the first token of the session's first prompt is there, then with one line
-for each JSON line of work on stdin, and ends with stdin. Standard library only: it runs in
-each peer's own environment. Knows no engine; a runner brings a `generate` function.
+The process is started with one JSON argument (the session: model, threads, options). It answers, on
+a pipe of its own, with a JSON line once the first token of the first prompt is there, then
+with one line for each JSON line of work on stdin, and ends with stdin. Standard library only: it
+runs in each peer's own environment. Knows no engine; a runner brings a `generate` function.
 """
 
 import json
@@ -39,9 +39,8 @@ def serve(
         facts: Told with the first line.
         counters: What the engine itself counts, monotonic; differences are reported.
     """
-    # Libraries print to stdout; what the benchmark reads goes where only we write.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    # Not stdout: libraries print there.
+    answers = os.fdopen(int(os.environ["MOE_BENCH_ANSWERS"]), "w")
 
     def answer(line: dict[str, Any]) -> None:
         answers.write(json.dumps(line) + "\n")

@@ -9,12 +9,13 @@ import pytest
 
 from benchmarks.child import CGROUPS, ChildFailedError, can_cap, running
 
-ECHO = "import sys\nprint('1', flush=True)\nfor line in sys.stdin: print(line.strip(), flush=True)"
+ANSWER = "import os, sys\nanswers = open(int(os.environ['MOE_BENCH_ANSWERS']), 'w', buffering=1)\n"
+ECHO = "print('noise')\nanswers.write('1\\n')\nfor line in sys.stdin: answers.write(line)"
 HANG = "import time\ntime.sleep(600)"
 
 
 def command(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-c", ANSWER + code]
 
 
 def test_asks_and_answers_until_it_is_let_go(tmp_path: Path) -> None:
@@ -34,9 +35,9 @@ def test_how_it_failed_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
 
 def test_one_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     code = (
-        "import subprocess, sys\n"
+        "import subprocess\n"
         f"other = subprocess.Popen([sys.executable, '-c', {HANG!r}])\n"
-        "print(other.pid, flush=True)\nother.wait()"
+        "answers.write(f'{other.pid}\\n')\nother.wait()"
     )
     with running(command(code), cap_bytes=None, log=tmp_path / "log", environ={}) as child:
         other = child.answer(20)
@@ -49,7 +50,7 @@ def test_one_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> Non
 
 @pytest.mark.skipif(can_cap() is not None, reason="needs root and a memory cgroup")
 def test_a_cap_kills_what_passes_it_and_its_group_goes(tmp_path: Path) -> None:
-    code = "print(1, flush=True)\ninput()\nblock = bytearray(2**28)"
+    code = "answers.write('1\\n')\ninput()\nblock = bytearray(2**28)"
     with running(command(code), cap_bytes=2**26, log=tmp_path / "log", environ={}) as child:
         assert child.answer(20) == 1
         with pytest.raises(ChildFailedError, match="killed by the memory cap"):
