@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import ceilings
 from benchmarks.child import Child, ChildFailedError, can_cap, drop_page_cache, running
 from benchmarks.contenders import Contender, contenders
-from benchmarks.environments import LLAMA_CPP, EnvironmentUnavailableError, python_of
+from benchmarks.environments import LLAMA_CPP, PEERS, EnvironmentUnavailableError, python_of
 from benchmarks.limits import Mixture
 from benchmarks.loads import COLD_START, MAX_TOTAL_TOKENS, PROMPT_TOKENS, Load, Work, prompt
 from benchmarks.models import MODELS, ModelFolder, ModelUnavailableError
@@ -23,7 +23,6 @@ from benchmarks.summary import Sample
 from moe_server.budget import available_memory_bytes, usable_cores
 
 ROOT = Path(__file__).parents[1]
-PEERS = ROOT / "benchmarks/peers"
 START_TIMEOUT_S = 900
 WORK_TIMEOUT_S = 600
 QUICK_S = 200

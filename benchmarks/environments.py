@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INSTALL_TIMEOUT_S = 3600
+PEERS = Path(__file__).parent / "peers"
 TORCH = "torch==2.13.0"
 TRANSFORMERS = "transformers==5.23.0"
 
@@ -22,6 +23,8 @@ class Environment:
     name: str
     steps: tuple[tuple[str, ...], ...]
     """Arguments of `pip install`, one call after another."""
+    build: str = ""
+    """A script in `peers/` that is called with `build` at the end."""
 
 
 LLAMA_CPP = Environment("llama_cpp", (("llama-cpp-python==0.3.36", "gguf==0.19.0"),))
@@ -33,7 +36,9 @@ DEEPSPEED = Environment(
         (TORCH, "setuptools", "wheel", "ninja"),
         ("--no-build-isolation", "deepspeed==0.19.8", TRANSFORMERS, "accelerate==1.15.0"),
     ),
+    build="run_deepspeed.py",
 )
+"""Its disk reads need the headers of libaio (Debian: libaio-dev) and a compiler."""
 
 
 class EnvironmentUnavailableError(Exception):
@@ -57,6 +62,8 @@ def python_of(environment: Environment, folder: Path, *, install: bool) -> Path:
     log = folder / "logs" / f"install-{environment.name}.log"
     calls = [[sys.executable, "-m", "venv", str(home)]]
     calls += [[str(python), "-m", "pip", "install", "-q", *step] for step in environment.steps]
+    if environment.build:
+        calls.append([str(python), str(PEERS / environment.build), "build"])
     with log.open("w") as output:
         for call in calls:
             try:
@@ -69,6 +76,7 @@ def python_of(environment: Environment, folder: Path, *, install: bool) -> Path:
                     env={**os.environ, "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
                 )
             except (OSError, subprocess.SubprocessError) as error:
-                raise EnvironmentUnavailableError(f"{error}; see {log}") from None
+                tail = log.read_text(errors="replace").strip()[-300:]
+                raise EnvironmentUnavailableError(f"{error}; {log} ends: {tail}") from None
     complete.write_text(wanted)
     return python

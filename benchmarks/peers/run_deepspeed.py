@@ -1,18 +1,25 @@
 """DeepSpeed ZeRO-3 with parameters on NVMe as a peer.
 
 It gathers whole layers, all experts of them, and writes the model to its swap folder at each start.
+With `build` as its argument it compiles what it would otherwise compile in its first run: a run
+that is ended while it does so leaves a lock behind that all later ones wait for.
 """
 
 import os
+import shutil
+import sys
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["LOCAL_RANK"] = "0"
+os.environ["TORCH_EXTENSIONS_DIR"] = f"{sys.prefix}/extensions"
+os.environ["PATH"] = f"{sys.prefix}/bin:{os.environ['PATH']}"  # ninja
 
 from collections.abc import Iterator
 
 import deepspeed
 import torch
 import transformers
+from deepspeed.accelerator import get_accelerator
 from session import Prompts, serve, session
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -62,5 +69,14 @@ def main() -> None:
     serve(generate, [job["prompt"]], {"version": deepspeed.__version__})
 
 
+def build() -> None:
+    """Compiles DeepSpeed's operators for reading from disk."""
+    shutil.rmtree(os.environ["TORCH_EXTENSIONS_DIR"], ignore_errors=True)
+    get_accelerator().create_op_builder("AsyncIOBuilder").load()
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1] == "build":
+        build()
+    else:
+        main()
