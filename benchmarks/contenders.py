@@ -59,12 +59,13 @@ def contenders(format_: str, size: str, *, capped: bool) -> list[Contender]:
             _llama_cpp("llama.cpp", gguf, "AUTO", repack=True),
             _llama_cpp("llama.cpp, not mapped", gguf, "NONE", repack=True),
         ]
-    peers = [
-        _llama_cpp("llama.cpp", gguf, "AUTO", repack=True),
-        Contender("accelerate", "run_accelerate.py", ours.model, ACCELERATE, _accelerate),
-    ]
-    if capped and size != "small":
-        peers.append(Contender("deepspeed", "run_deepspeed.py", ours.model, DEEPSPEED, _deepspeed))
+    peers = [_llama_cpp("llama.cpp", gguf, "AUTO", repack=True)]
+    if size != "small":
+        script = "run_accelerate.py"
+        peers.append(Contender("accelerate", script, ours.model, ACCELERATE, _accelerate, capped))
+        if capped:
+            script = "run_deepspeed.py"
+            peers.append(Contender("deepspeed", script, ours.model, DEEPSPEED, _deepspeed, True))
     return [ours, *peers]
 
 
