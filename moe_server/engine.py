@@ -19,6 +19,7 @@ from moe_server.messages import (
     EngineLoad,
     ExpertCounters,
     FinishReason,
+    Offload,
     RequestFailed,
     StepDone,
     Submit,
@@ -218,7 +219,29 @@ class Engine:
                 disk_reads=counters.disk_reads,
                 transfer_bytes=counters.transfer_bytes,
                 read_bytes=counters.read_bytes,
+                prefetches=counters.prefetches,
+                prefetch_hits=counters.prefetch_hits,
+                cancelled_reads=counters.cancelled,
             ),
+            offload=self._offload(),
+        )
+
+    def _offload(self) -> Offload:
+        cost, reader = self.cache.cost, self.weights.reader
+        return Offload(
+            disk_bytes_per_second=cost.disk.bytes_per_s or 0.0,
+            copy_bytes_per_second=cost.copy.bytes_per_s or 0.0,
+            read_block_bytes=reader.block_bytes,
+            read_depth=reader.depth,
+            copied=cost.copied,
+            computed_in_place=cost.computed_in_place,
+            demoted=cost.demoted,
+            forgotten=cost.forgotten,
+            demotion_reuse=cost.reuse,
+            read_retries=reader.counters.retries,
+            checksum_mismatches=reader.counters.mismatches,
+            buffered_files=reader.buffered_files,
+            host_memory_pinned=self.cache.host.is_pinned,
         )
 
 

@@ -103,6 +103,27 @@ class ExpertCounters(msgspec.Struct):
     disk_reads: int = 0
     transfer_bytes: int = 0
     read_bytes: int = 0
+    prefetches: int = 0
+    prefetch_hits: int = 0
+    cancelled_reads: int = 0
+
+
+class Offload(msgspec.Struct):
+    """What moving experts costs, and what was chosen because of it; see `offload.cost`."""
+
+    disk_bytes_per_second: float = 0.0
+    copy_bytes_per_second: float = 0.0
+    read_block_bytes: int = 0
+    read_depth: int = 0
+    copied: int = 0
+    computed_in_place: int = 0
+    demoted: int = 0
+    forgotten: int = 0
+    demotion_reuse: float = 0.0
+    read_retries: int = 0
+    checksum_mismatches: int = 0
+    buffered_files: int = 0
+    host_memory_pinned: bool = False
 
 
 class EngineLoad(msgspec.Struct, frozen=True):
@@ -113,6 +134,7 @@ class EngineLoad(msgspec.Struct, frozen=True):
     blocks_used: int = 0
     blocks_total: int = 0
     experts: ExpertCounters = msgspec.field(default_factory=ExpertCounters)
+    offload: Offload = msgspec.field(default_factory=Offload)
 
 
 class StepDone(msgspec.Struct, frozen=True, tag=True):

@@ -65,6 +65,7 @@ def undrain(target: str) -> None:
 
 def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
     memory, experts, load = response.memory, response.experts, response.load
+    offload = response.offload
     needed = experts.device_hits + experts.host_hits + experts.disk_reads
     hit_rate = f"{experts.device_hits / needed:.1%}" if needed else "-"
     return [
@@ -89,4 +90,16 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
         ("  on disk", str(experts.disk_reads)),
         ("moved to the device", format_bytes(experts.transfer_bytes)),
         ("read from disk", format_bytes(experts.read_bytes)),
+        ("  ahead of need", f"{experts.prefetch_hits} of {experts.prefetches} experts wanted"),
+        ("disk", f"{format_bytes(int(offload.disk_bytes_per_second))}/s"),
+        ("  reads at once", f"{offload.read_depth} of {format_bytes(offload.read_block_bytes)}"),
+        ("  repeated", f"{offload.read_retries} ({offload.checksum_mismatches} wrong checksums)"),
+        (
+            "wanted from host memory",
+            f"{offload.copied} copied, {offload.computed_in_place} computed in place",
+        ),
+        (
+            "evicted from the device",
+            f"{offload.demoted} kept in host memory, {offload.forgotten} forgotten",
+        ),
     ]

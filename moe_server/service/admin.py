@@ -5,6 +5,7 @@ admin listener, which is bound where only operators reach it. (A proxy on this m
 callers loopback peers: give it the main listener only after blocking these methods in it.)
 """
 
+import msgspec
 import structlog
 
 from moe_server.errors import MoeServerError
@@ -72,13 +73,8 @@ class AdminService:
             model=self._model.name,
             startup=self._startup(),
             memory=self._memory(),
-            experts=pb.ExpertCounters(
-                device_hits=load.experts.device_hits,
-                host_hits=load.experts.host_hits,
-                disk_reads=load.experts.disk_reads,
-                transfer_bytes=load.experts.transfer_bytes,
-                read_bytes=load.experts.read_bytes,
-            ),
+            experts=pb.ExpertCounters(**msgspec.structs.asdict(load.experts)),
+            offload=pb.Offload(**msgspec.structs.asdict(load.offload)),
             load=pb.Load(
                 running_requests=load.running,
                 waiting_requests=load.waiting,

@@ -84,18 +84,54 @@ class Memory(_message.Message):
     def __init__(self, device_budget_bytes: _Optional[int] = ..., dense_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., expert_slots_bytes: _Optional[int] = ..., expert_slots: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_records: _Optional[int] = ..., host_records_bytes: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
 
 class ExpertCounters(_message.Message):
-    __slots__ = ("device_hits", "host_hits", "disk_reads", "transfer_bytes", "read_bytes")
+    __slots__ = ("device_hits", "host_hits", "disk_reads", "transfer_bytes", "read_bytes", "prefetches", "prefetch_hits", "cancelled_reads")
     DEVICE_HITS_FIELD_NUMBER: _ClassVar[int]
     HOST_HITS_FIELD_NUMBER: _ClassVar[int]
     DISK_READS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHES_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_HITS_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_READS_FIELD_NUMBER: _ClassVar[int]
     device_hits: int
     host_hits: int
     disk_reads: int
     transfer_bytes: int
     read_bytes: int
-    def __init__(self, device_hits: _Optional[int] = ..., host_hits: _Optional[int] = ..., disk_reads: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ...) -> None: ...
+    prefetches: int
+    prefetch_hits: int
+    cancelled_reads: int
+    def __init__(self, device_hits: _Optional[int] = ..., host_hits: _Optional[int] = ..., disk_reads: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetches: _Optional[int] = ..., prefetch_hits: _Optional[int] = ..., cancelled_reads: _Optional[int] = ...) -> None: ...
+
+class Offload(_message.Message):
+    __slots__ = ("disk_bytes_per_second", "copy_bytes_per_second", "read_block_bytes", "read_depth", "copied", "computed_in_place", "demoted", "forgotten", "demotion_reuse", "read_retries", "checksum_mismatches", "buffered_files", "host_memory_pinned")
+    DISK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    COPY_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    READ_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTED_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    DEMOTED_FIELD_NUMBER: _ClassVar[int]
+    FORGOTTEN_FIELD_NUMBER: _ClassVar[int]
+    DEMOTION_REUSE_FIELD_NUMBER: _ClassVar[int]
+    READ_RETRIES_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUM_MISMATCHES_FIELD_NUMBER: _ClassVar[int]
+    BUFFERED_FILES_FIELD_NUMBER: _ClassVar[int]
+    HOST_MEMORY_PINNED_FIELD_NUMBER: _ClassVar[int]
+    disk_bytes_per_second: float
+    copy_bytes_per_second: float
+    read_block_bytes: int
+    read_depth: int
+    copied: int
+    computed_in_place: int
+    demoted: int
+    forgotten: int
+    demotion_reuse: float
+    read_retries: int
+    checksum_mismatches: int
+    buffered_files: int
+    host_memory_pinned: bool
+    def __init__(self, disk_bytes_per_second: _Optional[float] = ..., copy_bytes_per_second: _Optional[float] = ..., read_block_bytes: _Optional[int] = ..., read_depth: _Optional[int] = ..., copied: _Optional[int] = ..., computed_in_place: _Optional[int] = ..., demoted: _Optional[int] = ..., forgotten: _Optional[int] = ..., demotion_reuse: _Optional[float] = ..., read_retries: _Optional[int] = ..., checksum_mismatches: _Optional[int] = ..., buffered_files: _Optional[int] = ..., host_memory_pinned: bool = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running_requests", "waiting_requests", "kv_blocks_used", "kv_blocks_total")
@@ -114,7 +150,7 @@ class GetServerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerStatusResponse(_message.Message):
-    __slots__ = ("state", "reason", "version", "model", "startup", "memory", "experts", "load", "uptime", "engine_restarts")
+    __slots__ = ("state", "reason", "version", "model", "startup", "memory", "experts", "load", "uptime", "engine_restarts", "offload")
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +161,7 @@ class GetServerStatusResponse(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_FIELD_NUMBER: _ClassVar[int]
     state: ServerState
     reason: str
     version: str
@@ -135,7 +172,8 @@ class GetServerStatusResponse(_message.Message):
     load: Load
     uptime: _duration_pb2.Duration
     engine_restarts: int
-    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
+    offload: Offload
+    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., engine_restarts: _Optional[int] = ..., offload: _Optional[_Union[Offload, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("wait",)
