@@ -1,12 +1,11 @@
-"""A transformers model that runs the scheduler's batches, with its experts in the expert cache.
+"""A model that runs the scheduler's batches, with its experts in the expert cache.
 
-transformers builds the architecture; two of its functions are replaced by ours, registered by name:
-attention (ragged, over paged keys and values) and the experts (rows grouped by expert, weights from
-slots). The module is built without storage, its expert parameters are removed, and only the dense
-tensors are read. Knows nothing of requests, text or gRPC: `engine` brings batches and takes logits.
+`mixtral` or transformers builds the architecture, with attention (ragged, over paged keys and
+values) and experts (rows grouped by expert, weights from slots) of ours in it. The module is built
+without storage, and only the dense tensors are read. Knows nothing of requests, text or gRPC:
+`engine` brings batches and takes logits.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -19,21 +18,21 @@ import torch
 from torch import nn
 
 from moe_server import zero3
-from moe_server.attention import ATTENTION_NAME, RaggedBatch, RequestSpan, paged_attention
+from moe_server.attention import RaggedBatch, RequestSpan
 from moe_server.budget import EXPERT_ROWS
 from moe_server.checkpoint import Checkpoint
 from moe_server.dense import use_kernels
 from moe_server.errors import MoeServerError, Reason
+from moe_server.json_file import read_json
 from moe_server.kernels.experts import ExpertRun, swiglu
 from moe_server.kernels.formats import MatrixLayout
 from moe_server.kernels.products import Activations, prepare
 from moe_server.kernels.routing import combine, plan_routing
 from moe_server.kv_cache import PagedKv
+from moe_server.mixtral import Mixtral, is_plain
 from moe_server.offload.cache import Held
 from moe_server.offload.prefetch import LookAhead
 from moe_server.weights import Weights
-
-EXPERTS_NAME = "moe_server_cached"
 
 Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,9 +99,10 @@ class Model:
             dtype=self._dtype,
             device=device,
         )
-        self._module = _build_module(checkpoint, device)
+        config = read_json(checkpoint.path / "config.json")
+        self._module = _build_module(checkpoint, config, device)
         use_kernels(self._module, checkpoint, device)
-        self._has_silu = getattr(self._module.config, "hidden_act", "") == "silu"
+        self._has_silu = config.get("hidden_act", "silu") == "silu"
         for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
             self._attach(number, layer.get_submodule("mlp"))
         self._forward: Callable[..., Any] = self._module
@@ -191,7 +191,6 @@ class Model:
         output = self._forward(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],
-            use_cache=False,
             logits_to_keep=self._tensor(last_rows),
             ragged_batch=RaggedBatch(spans, self._kv, self._tensor(kv_positions)),
         )
@@ -361,43 +360,13 @@ class Rows:
         return self._prepared.rows(index.cpu())
 
 
-def _cached_experts(experts: Any, *args: torch.Tensor) -> torch.Tensor:
-    """What transformers calls for every experts module; each carries its own."""
-    output: torch.Tensor = experts.run_cached(*args)
-    return output
+def _build_module(
+    checkpoint: Checkpoint, config: dict[str, Any], device: torch.device
+) -> nn.Module:
+    """The model without storage: ours for a plain Mixtral, transformers' for everything else."""
+    if is_plain(config):
+        return Mixtral(checkpoint, config).eval()
+    # Imported only where it is needed: it takes longer than all else that the engine imports.
+    from moe_server.transformers_module import build_module  # noqa: PLC0415
 
-
-def _build_module(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """The transformers module with its dense parameters on `meta`, calling our two functions."""
-    # transformers looks for missing pieces on the hub; a served directory has all it needs.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import transformers  # noqa: PLC0415
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: PLC0415
-
-    transformers.AttentionInterface.register(ATTENTION_NAME, paged_attention)
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _cached_experts)
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
-        # Some rope types read it and do not fall back to hidden_size / heads.
-        config.head_dim = checkpoint.head_dim
-        config.output_router_logits = False
-        with torch.device("meta"):
-            module: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, checkpoint.dtype),
-                attn_implementation=ATTENTION_NAME,
-                experts_implementation=EXPERTS_NAME,
-            )
-    except Exception as error:
-        # It checks config.json in many places and raises whatever each of them does.
-        raise MoeServerError(
-            f"transformers cannot build {checkpoint.architecture} from "
-            f"{checkpoint.path / 'config.json'}: {error!r}.",
-            "Restore the checkpoint's own config.json.",
-            field="model",
-        ) from error
-    # Rotary frequencies are computed, not stored, and float32 whatever the model's dtype.
-    base: Any = module.get_submodule("model")
-    with torch.device(device):
-        base.rotary_emb = type(base.rotary_emb)(config)
-    return module.eval()
+    return build_module(checkpoint, device)

@@ -18,6 +18,7 @@ ENGINE_SIDE = (
     "engine_process",
     "kv_cache",
     "layerwise",
+    "mixtral",
     "model",
     "pack",
     "pack_files",
@@ -25,6 +26,7 @@ ENGINE_SIDE = (
     "sampler",
     "scheduler",
     "sequence",
+    "transformers_module",
     "zero3",
 )
 FRONT_DOOR = (
