@@ -4,6 +4,7 @@ O_DIRECT where the file system has it, so that weights are never held twice; els
 buffered and their pages dropped again. Knows no experts and no threads; `reader` calls it.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -21,6 +22,8 @@ class OpenFile:
 
     descriptor: int
     direct: bool
+    size: int
+    """When it was opened."""
 
     def read_into(self, address: int, offset: int, nbytes: int, window: mmap.mmap) -> None:
         """Reads `nbytes` from `offset` on to `address`.
@@ -67,6 +70,8 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._open: dict[Path, OpenFile] = {}
+        self._replaced: list[OpenFile] = []
+        """Closed at the end: reads may be under way."""
         self._lock = threading.Lock()
 
     def get(self, path: Path) -> OpenFile:
@@ -80,6 +85,28 @@ class OpenFiles:
                 self._open[path] = _open(path)
             return self._open[path]
 
+    def renew(self, path: Path, failed: OpenFile) -> bool:
+        """After a failed read: turns to the file that has taken the place of the one that failed.
+
+        Args:
+            path: Its path.
+            failed: What `get` returned for it.
+
+        Returns:
+            True if there is one, of the size that the other had at first. (One of another size is
+            not the same weights.)
+        """
+        with self._lock, contextlib.suppress(OSError):
+            if self._open[path] is not failed:
+                return True  # another read has seen to it
+            found = path.stat()
+            is_same = os.path.samestat(os.fstat(failed.descriptor), found)
+            if not is_same and found.st_size == failed.size:
+                self._open[path] = _open(path)
+                self._replaced.append(failed)
+                return True
+        return False
+
     @property
     def buffered(self) -> list[Path]:
         """Open files whose file system has no O_DIRECT."""
@@ -88,9 +115,10 @@ class OpenFiles:
 
     def close(self) -> None:
         """Closes all."""
-        for file in self._open.values():
+        for file in (*self._open.values(), *self._replaced):
             os.close(file.descriptor)
         self._open.clear()
+        self._replaced.clear()
 
 
 def _open(path: Path) -> OpenFile:
@@ -102,5 +130,5 @@ def _open(path: Path) -> OpenFile:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         # No read-ahead: it would bring pages after they were dropped, for good.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        return OpenFile(descriptor, direct=False)
-    return OpenFile(descriptor, direct=True)
+        return OpenFile(descriptor, direct=False, size=os.fstat(descriptor).st_size)
+    return OpenFile(descriptor, direct=True, size=os.fstat(descriptor).st_size)

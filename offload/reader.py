@@ -19,7 +19,7 @@ from enum import IntEnum
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.checksum import ChecksumBook
-from moe_server.offload.files import OpenFiles
+from moe_server.offload.files import OpenFile, OpenFiles
 from moe_server.offload.layout import PAGE_BYTES, Segment
 from moe_server.offload.pages import map_pages
 
@@ -63,7 +63,8 @@ class ReadTicket:
         self._arrived = [False] * len(blocks)
         self._front = 0
         """Blocks that have arrived without a gap, from the first one on."""
-        self._error: MoeServerError | None = None
+        self.error: MoeServerError | None = None
+        """Why not everything will come, once it is known; None after a cancellation."""
         # What follows is the reader's, under its lock.
         self.changed = threading.Condition(reader.lock)
         self.address = address
@@ -102,16 +103,16 @@ class ReadTicket:
         """Makes a prefetch a demand read."""
         self._reader.promote(self)
 
-    def wait(self) -> None:
-        """Blocks until the read ended.
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Blocks until the read ended, or the time is over.
 
         Raises:
             MoeServerError: The file could not be read, or the read was cancelled on its way; the
                 target's content is undefined.
         """
         with self.changed:
-            while not self.done:
-                self.changed.wait()
+            if not self.changed.wait_for(lambda: self.done, timeout_s):
+                return
         self._raise_if_failed()
 
     def wait_beyond(self, nbytes: int, timeout_s: float) -> int:
@@ -124,10 +125,10 @@ class ReadTicket:
             MoeServerError: As for `wait`, as soon as it is known that they never will be.
         """
         with self.changed:
-            if self.arrived_bytes <= nbytes and not self.done:
+            if self.arrived_bytes <= nbytes and not self.done and self.error is None:
                 self.changed.wait(timeout_s)
-        if not self.complete and (self._error is not None or self.done):
-            self.wait()
+        if self.error is not None or self.done:
+            self._raise_if_failed()
         return self.arrived_bytes
 
     def block_ended(self, index: int, error: MoeServerError | None) -> None:
@@ -138,13 +139,13 @@ class ReadTicket:
             while self._front < len(self._ends) and self._arrived[self._front]:
                 self._front += 1
         else:
-            self._error = self._error or error
+            self.error = self.error or error
             self.pending.clear()
         self.changed.notify_all()
 
     def _raise_if_failed(self) -> None:
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if not self.complete:
             raise MoeServerError("The read was cancelled.", reason=Reason.UNAVAILABLE)
 
@@ -326,35 +327,45 @@ class Reader:
         segment = block.segment
         for attempt in range(_ATTEMPTS):
             if attempt:
-                self.counters.retries += 1
+                with self.lock:
+                    self.counters.retries += 1
                 time.sleep(_RETRY_S)
             try:
-                self._read(ticket.address, block, window)
+                file = self._files.get(segment.file)
             except OSError as failure:
                 what = failure.strerror or str(failure)
+                continue
+            try:
+                self._read(file, ticket.address, block, window)
+            except OSError as failure:
+                what = failure.strerror or str(failure)
+                self._files.renew(segment.file, file)
             except EOFError as failure:
                 what = str(failure)
-                break
+                if not self._files.renew(segment.file, file):
+                    break
             except Exception as failure:  # noqa: BLE001  a dead thread would leave waiters
                 what = repr(failure)
                 break
             else:
                 return None
         return MoeServerError(
-            f"Reading {segment.file} failed: {what}.",
+            f"Reading {block.nbytes} bytes of {segment.file} from byte "
+            f"{segment.file_offset + block.start} on failed: {what}.",
             "Check the disk and the file, then try again.",
             reason=Reason.UNAVAILABLE,
         )
 
-    def _read(self, address: int, block: _Block, window: mmap.mmap) -> None:
+    def _read(self, file: OpenFile, address: int, block: _Block, window: mmap.mmap) -> None:
         segment = block.segment
         offset = segment.file_offset + block.start
         target = address + segment.record_offset + block.start
-        self._files.get(segment.file).read_into(target, offset, block.nbytes, window)
+        file.read_into(target, offset, block.nbytes, window)
         if self.book.is_empty:
             return
         content = memoryview((ctypes.c_char * block.nbytes).from_address(target)).cast("B")
         wrong = self.book.mismatch(segment.file, offset, content)
         if wrong is not None:
-            self.counters.mismatches += 1
+            with self.lock:
+                self.counters.mismatches += 1
             raise OSError(f"the checksum of the bytes from {wrong} on does not match")

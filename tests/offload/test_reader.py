@@ -6,6 +6,7 @@ import mmap
 import os
 import random
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_server.errors import MoeServerError, Reason
+from moe_server.offload.checksum import ChecksumBook, checksums
 from moe_server.offload.layout import PAGE_BYTES, Segment
-from moe_server.offload.reader import Reader
+from moe_server.offload.reader import Priority, Reader
 
 CHUNK_BYTES = 2 * PAGE_BYTES
 CONTENT = random.Random(0).randbytes(11 * PAGE_BYTES + 1234)
@@ -379,3 +381,375 @@ def test_a_kernel_without_huge_pages_is_served_too(file, monkeypatch):
         assert ticket.done, "the reader's threads are dead"
         ticket.wait()
     target.holds(CONTENT[1:101], 0)
+
+
+# Who goes first
+
+
+def blocks_of(number: int, first: int = 0) -> list[int]:
+    """Offsets of `number` blocks from block `first` of the file on."""
+    return [CHUNK_BYTES * (first + index) for index in range(number)]
+
+
+def submit_blocks(reader, file, number, first, priority, target=None):
+    segment = Segment(file, CHUNK_BYTES * first, CHUNK_BYTES * number, 0)
+    target = target or Target()
+    return reader.submit([segment], target.address, priority, owner=target)
+
+
+def test_demand_goes_before_a_prefetch_that_was_there_first(file, monkeypatch):
+    gate, targets = Gate(monkeypatch), [Target(), Target()]
+    with running_reader(num_threads=1) as reader:
+        submit_blocks(reader, file, 3, 0, Priority.PREFETCH, targets[0])
+        gate.await_call()
+        submit_blocks(reader, file, 2, 3, Priority.DEMAND, targets[1])
+        gate.opened.set()
+    assert gate.offsets == [0, *blocks_of(2, 3), *blocks_of(2, 1)]
+    targets[0].holds(CONTENT[: 3 * CHUNK_BYTES], 0)
+    targets[1].holds(CONTENT[3 * CHUNK_BYTES : 5 * CHUNK_BYTES], 0)
+
+
+def test_two_blocks_of_prefetches_are_all_that_a_demand_read_finds_before_it(file, monkeypatch):
+    gate, targets = Gate(monkeypatch), [Target(), Target()]
+    with running_reader(num_threads=4) as reader:
+        submit_blocks(reader, file, 3, 0, Priority.PREFETCH, targets[0])
+        for _ in range(2):
+            gate.await_call()
+        # Two threads have nothing to do; a third block of the prefetch would keep one from this.
+        submit_blocks(reader, file, 2, 3, Priority.DEMAND, targets[1])
+        for _ in range(2):
+            gate.await_call()
+        assert sorted(gate.offsets) == [*blocks_of(2), *blocks_of(2, 3)]
+        gate.opened.set()
+    targets[0].holds(CONTENT[: 3 * CHUNK_BYTES], 0)
+
+
+def test_a_promoted_prefetch_overtakes_the_others(file, monkeypatch):
+    gate, targets = Gate(monkeypatch), [Target(), Target()]
+    with running_reader(num_threads=1) as reader:
+        submit_blocks(reader, file, 2, 0, Priority.PREFETCH, targets[0])
+        gate.await_call()
+        second = submit_blocks(reader, file, 3, 2, Priority.PREFETCH, targets[1])
+        second.promote()
+        assert second.priority is Priority.DEMAND
+        second.promote()
+        gate.opened.set()
+    assert gate.offsets == [0, *blocks_of(3, 2), CHUNK_BYTES]
+    targets[1].holds(CONTENT[2 * CHUNK_BYTES : 5 * CHUNK_BYTES], 0)
+
+
+def test_a_promoted_read_s_blocks_hold_no_prefetch_back(file, monkeypatch):
+    gate = Gate(monkeypatch)
+    targets = [Target(), Target()]
+    with running_reader(num_threads=4) as reader:
+        first = submit_blocks(reader, file, 2, 0, Priority.PREFETCH, targets[0])
+        submit_blocks(reader, file, 3, 2, Priority.PREFETCH, targets[1])
+        for _ in range(2):
+            gate.await_call()
+        first.promote()
+        for _ in range(2):
+            gate.await_call()
+        assert sorted(gate.offsets) == blocks_of(4)
+        gate.opened.set()
+    targets[1].holds(CONTENT[2 * CHUNK_BYTES : 5 * CHUNK_BYTES], 0)
+
+
+# Leaving
+
+
+def test_cancelling_takes_milliseconds(tmp_path):
+    path, size, block = tmp_path / "large", 48 * 2**20, 2 * 2**20
+    path.write_bytes(random.Random(1).randbytes(2**20) * (size // 2**20))
+    took_s, read_bytes = [], []
+    target = Target(size)
+    with running_reader(num_threads=4, chunk_bytes=block) as reader:
+        for _ in range(5):
+            queued = reader.submit([Segment(path, 0, size, 0)], target.address)
+            waiting = reader.submit([Segment(path, 0, size, 0)], target.address)
+            queued.wait_beyond(0, WAIT_S)
+            started = time.perf_counter()
+            waiting.cancel()
+            queued.cancel()
+            with pytest.raises(MoeServerError, match="cancelled"):
+                queued.wait(WAIT_S)
+            took_s.append(time.perf_counter() - started)
+            read_bytes.append(queued.read_bytes)
+            assert waiting.read_bytes == 0
+    assert min(took_s) < 0.1, f"free {took_s} s after cancelling"
+    assert min(read_bytes) < size, "it was not cancelled on its way"
+
+
+# Arriving
+
+
+class Turnstile:
+    """Stands in for os.preadv: the read at an offset waits until the test lets it through."""
+
+    def __init__(self, monkeypatch, fails=()) -> None:
+        self.passes = {offset: threading.Event() for offset in blocks_of(5)}
+        real = os.preadv
+
+        def preadv(descriptor, buffers, offset, *flags):
+            assert self.passes[offset].wait(WAIT_S)
+            if offset in fails:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(descriptor, buffers, offset, *flags)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    def let(self, block: int) -> None:
+        self.passes[block * CHUNK_BYTES].set()
+
+
+def await_bytes(ticket, nbytes: int) -> None:
+    with ticket.changed:
+        assert ticket.changed.wait_for(lambda: ticket.read_bytes == nbytes, WAIT_S)
+
+
+def test_blocks_out_of_order_grow_the_front_only_without_a_gap(file, monkeypatch):
+    turnstile, target = Turnstile(monkeypatch), Target()
+    with running_reader(num_threads=4) as reader:
+        ticket = submit_blocks(reader, file, 4, 0, Priority.DEMAND, target)
+        assert ticket.wait_beyond(0, 0.0) == 0
+        turnstile.let(2)
+        await_bytes(ticket, CHUNK_BYTES)
+        assert ticket.wait_beyond(0, 0.0) == 0, "what is behind a gap cannot be used"
+        turnstile.let(0)
+        assert ticket.wait_beyond(0, WAIT_S) == CHUNK_BYTES
+        assert target.memory[:CHUNK_BYTES] == CONTENT[:CHUNK_BYTES]
+        turnstile.let(1)
+        assert ticket.wait_beyond(CHUNK_BYTES, WAIT_S) == 3 * CHUNK_BYTES
+        assert target.memory[: 3 * CHUNK_BYTES] == CONTENT[: 3 * CHUNK_BYTES]
+        assert not ticket.complete
+        turnstile.let(3)
+        assert ticket.wait_beyond(3 * CHUNK_BYTES, WAIT_S) == 4 * CHUNK_BYTES
+        assert ticket.complete
+        # At its end it returns at once.
+        assert ticket.wait_beyond(4 * CHUNK_BYTES, WAIT_S) == 4 * CHUNK_BYTES
+    target.holds(CONTENT[: 4 * CHUNK_BYTES], 0)
+
+
+def test_a_failure_is_told_while_other_blocks_hang(file, monkeypatch):
+    turnstile = Turnstile(monkeypatch, fails=[CHUNK_BYTES])
+    with running_reader(num_threads=2) as reader:
+        ticket = submit_blocks(reader, file, 5, 0, Priority.DEMAND)
+        turnstile.let(1)
+        with ticket.changed:
+            assert ticket.changed.wait_for(lambda: ticket.error is not None, WAIT_S)
+        with pytest.raises(MoeServerError, match="Input/output error"):
+            ticket.wait_beyond(0, WAIT_S)
+        assert not ticket.done, "the first block is still being written"
+        turnstile.let(0)
+        with pytest.raises(MoeServerError, match="Input/output error"):
+            ticket.wait(WAIT_S)
+        assert ticket.done
+        assert ticket.read_bytes == CHUNK_BYTES
+
+
+# Trying again
+
+
+def faulty_calls(monkeypatch, fault):
+    """`fault(call number, bytes read)` acts on every read; returns how many calls there were."""
+    real, calls, lock = os.preadv, [0], threading.Lock()
+
+    def preadv(descriptor, buffers, offset, *flags):
+        with lock:
+            calls[0] += 1
+            call = calls[0]
+        count = real(descriptor, buffers, offset, *flags)
+        [buffer] = buffers
+        fault(call, memoryview(buffer).cast("B"))
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    return calls
+
+
+@pytest.mark.parametrize("num_errors", [1, 2])
+def test_an_io_error_that_passes_is_read_again(reader, file, monkeypatch, num_errors):
+    def fault(call, _content):
+        if call <= num_errors:
+            raise OSError(errno.EIO, "Input/output error")
+
+    faulty_calls(monkeypatch, fault)
+    target = Target()
+    read(reader, [Segment(file, 7, CHUNK_BYTES, 0)], target)
+    target.holds(CONTENT[7 : 7 + CHUNK_BYTES], 0)
+    assert reader.counters.retries == num_errors
+    assert reader.counters.bytes == CHUNK_BYTES
+
+
+def test_an_io_error_that_stays_fails_and_names_its_place(reader, file, monkeypatch):
+    def fault(_call, _content):
+        raise OSError(errno.EIO, "Input/output error")
+
+    calls = faulty_calls(monkeypatch, fault)
+    with pytest.raises(MoeServerError) as caught:
+        read(reader, [Segment(file, 7, 100, 0)], Target())
+    assert caught.value.message == (
+        f"Reading 100 bytes of {file} from byte 7 on failed: Input/output error."
+    )
+    assert caught.value.reason is Reason.UNAVAILABLE
+    assert calls == [3]
+    assert (reader.counters.retries, reader.counters.bytes) == (2, 0)
+    assert reader.counters.busy_s > 0
+
+
+# Integrity
+
+RANGE = (100, 3 * CHUNK_BYTES + 500)
+"""Offset and length of a range with checksums, one of a page each."""
+
+
+def make_book(file: Path) -> ChecksumBook:
+    start, nbytes = RANGE
+    found = checksums(memoryview(CONTENT[start : start + nbytes]), PAGE_BYTES)
+    known = {(file, start + index * PAGE_BYTES): one for index, one in enumerate(found)}
+    return ChecksumBook(known, piece_bytes=PAGE_BYTES)
+
+
+@contextmanager
+def checking_reader(book):
+    reader = Reader(2, CHUNK_BYTES, book)
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def test_a_bit_flipped_on_the_way_is_read_again(file, monkeypatch):
+    def fault(call, content):
+        if call == 2:
+            content[len(content) // 2] ^= 16
+
+    target = Target()
+    with checking_reader(make_book(file)) as reader:
+        faulty_calls(monkeypatch, fault)
+        read(reader, [Segment(file, *RANGE, 0)], target)
+        target.holds(CONTENT[RANGE[0] : sum(RANGE)], 0)
+        assert (reader.counters.mismatches, reader.counters.retries) == (1, 1)
+
+
+def flip(file: Path, offset: int) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(offset)
+        byte = stream.read(1)[0]
+        stream.seek(offset)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("piece", [0, 1, 4, 6])
+def test_a_bit_flipped_on_the_disk_fails_and_names_its_place(file, piece):
+    segment, place = Segment(file, *RANGE, 0), RANGE[0] + piece * PAGE_BYTES
+    with checking_reader(make_book(file)) as reader:
+        for offset in (place, min(place + PAGE_BYTES, sum(RANGE)) - 1):
+            flip(file, offset)
+            with pytest.raises(MoeServerError) as caught:
+                read(reader, [segment], Target())
+            assert caught.value.reason is Reason.UNAVAILABLE
+            assert str(file) in caught.value.message
+            assert f"the checksum of the bytes from {place} on" in caught.value.message
+            assert caught.value.remedy
+            flip(file, offset)
+        # What is beside the range is nobody's business.
+        flip(file, RANGE[0] - 1)
+        flip(file, sum(RANGE))
+        read(reader, [segment], target := Target())
+        target.holds(CONTENT[RANGE[0] : sum(RANGE)], 0)
+
+
+def test_bytes_are_not_told_of_before_they_are_checked(file, monkeypatch):
+    def fault(_call, content):
+        content[200] ^= 1
+
+    target = Target()
+    with checking_reader(make_book(file)) as reader:
+        faulty_calls(monkeypatch, fault)
+        ticket = reader.submit([Segment(file, *RANGE, 0)], target.address)
+        with pytest.raises(MoeServerError, match="checksum"):
+            ticket.wait()
+        assert ticket.arrived_bytes == 0
+        assert ticket.read_bytes == 0
+
+
+def test_a_file_that_changes_under_the_server_is_noticed_where_it_was_read_before(file):
+    with checking_reader(ChecksumBook(learn=True, piece_bytes=PAGE_BYTES)) as reader:
+        known, other = Segment(file, *RANGE, 0), Segment(file, 9 * PAGE_BYTES, 100, 0)
+        for _ in range(2):
+            read(reader, [known], Target())
+        assert reader.counters.mismatches == 0
+        flip(file, RANGE[0] + 5 * PAGE_BYTES)
+        flip(file, 9 * PAGE_BYTES)
+        with pytest.raises(MoeServerError, match="checksum"):
+            read(reader, [known], Target())
+        # Nobody knows what this was before.
+        read(reader, [other], Target())
+        flip(file, RANGE[0] + 5 * PAGE_BYTES)
+        read(reader, [known], Target())
+
+
+# Files that are put back
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_a_file_that_another_took_the_place_of_is_read_once_the_old_one_fails(reader, file, shift):
+    segment = Segment(file, shift, 3 * CHUNK_BYTES, 0)
+    read(reader, [segment], Target())
+    os.truncate(file, 10)
+    copy = file.with_name("copy")
+    copy.write_bytes(CONTENT)
+    copy.rename(file)
+    for _ in range(2):
+        read(reader, [segment], target := Target())
+        target.holds(CONTENT[shift : shift + 3 * CHUNK_BYTES], 0)
+
+
+def test_a_file_of_another_size_is_not_taken_for_the_one_that_failed(reader, file):
+    segment = Segment(file, 0, CHUNK_BYTES, 0)
+    read(reader, [segment], Target())
+    os.truncate(file, 10)
+    other = file.with_name("other")
+    other.write_bytes(CONTENT + b"more")
+    other.rename(file)
+    with pytest.raises(MoeServerError, match="it ends at byte 10"):
+        read(reader, [segment], Target())
+
+
+# File systems
+
+
+def test_files_in_memory_are_served_however_they_can_be_opened():
+    folder = Path("/dev/shm")
+    if not os.access(folder, os.W_OK):
+        pytest.skip("no /dev/shm here")
+    path = folder / f"moe-server-test-{os.getpid()}"
+    try:
+        path.write_bytes(CONTENT)
+        with running_reader() as reader:
+            for shift in (0, 5):
+                read(reader, [Segment(path, shift, 5 * CHUNK_BYTES, 0)], target := Target())
+                target.holds(CONTENT[shift : shift + 5 * CHUNK_BYTES], 0)
+            assert reader.buffered_files == (not can_open_direct(path))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def can_open_direct(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError as error:
+        assert error.errno == errno.EINVAL
+        return False
+    return True
+
+
+def test_a_buffered_file_is_told_of(file, monkeypatch):
+    with running_reader() as reader:
+        read(reader, [Segment(file, 0, 1, 0)], Target())
+        assert reader.buffered_files == 0
+        refuse_direct(monkeypatch)
+        other = file.with_name("other")
+        other.write_bytes(CONTENT)
+        read(reader, [Segment(other, 0, 1, 0)], Target())
+        assert reader.buffered_files == 1
