@@ -92,22 +92,22 @@ class Engine:
         tokens: list[TokenEvent] = []
         if step:
             started, before = time.monotonic(), self._spent()
-            try:
-                logits = self.model.forward(
-                    [_step_input(scheduled) for scheduled in step], self._take_in
-                )
-            except MoeServerError as error:
-                self._fail([scheduled.sequence for scheduled in step], error)
-            else:
-                completing = [scheduled.sequence for scheduled in step if scheduled.completes_input]
-                logits, completing = _without_left(logits, completing)
-                logits, completing = self._without_broken(logits, completing)
-                sampled = sample(logits, completing)
-                self._account(step, started, before)
-                self.scheduler.advance(step)
-                tokens = self._postprocess(completing, sampled)
+            inputs = [self._step_input(scheduled) for scheduled in step]
+            logits = self.model.forward(inputs, self._take_in)
+            completing = [scheduled.sequence for scheduled in step if scheduled.completes_input]
+            logits, completing = _without_left(logits, completing)
+            logits, completing = self._without_broken(logits, completing)
+            sampled = sample(logits, completing)
+            self._account(step, started, before)
+            self.scheduler.advance(step)
+            tokens = self._postprocess(completing, sampled)
         failed, self._failed = self._failed, []
         return StepDone(self._load(), tokens, failed)
+
+    def cancel_all(self) -> None:
+        """Forgets all requests: a step that waits for the disk ends."""
+        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            self.cancel(sequence.request.request_id)
 
     def close(self) -> None:
         """Ends the reader's threads."""
@@ -197,6 +197,18 @@ class Engine:
             )
             self._fail([sequence], error)
 
+    def _step_input(self, scheduled: Scheduled) -> StepInput:
+        sequence = scheduled.sequence
+        end = sequence.num_computed + scheduled.num_tokens
+        return StepInput(
+            token_ids=sequence.token_ids[sequence.num_computed : end],
+            num_context=end,
+            block_table=sequence.block_table,
+            wants_logits=scheduled.completes_input,
+            still_wanted=lambda: sequence.is_running,
+            fail=lambda error: self._fail([sequence], error),
+        )
+
     def _fail(self, sequences: Iterable[Sequence], error: MoeServerError) -> None:
         """Ends requests that cannot go on; the engine can."""
         for sequence in sequences:
@@ -251,18 +263,6 @@ class _Spent:
 
     router_s: float
     cache: CacheCounters
-
-
-def _step_input(scheduled: Scheduled) -> StepInput:
-    sequence = scheduled.sequence
-    end = sequence.num_computed + scheduled.num_tokens
-    return StepInput(
-        token_ids=sequence.token_ids[sequence.num_computed : end],
-        num_context=end,
-        block_table=sequence.block_table,
-        wants_logits=scheduled.completes_input,
-        still_wanted=lambda: sequence.is_running,
-    )
 
 
 def _without_left(

@@ -124,6 +124,7 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
                     engine.cancel(request_id)
                 case Shutdown():
                     is_shutdown = True
+                    engine.cancel_all()
 
     engine = Engine(config, plan, weights, drain_inbox)
     preload(engine, config, plan, outbox.progress)

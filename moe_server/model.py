@@ -7,10 +7,12 @@ without storage, and only the dense tensors are read. Knows nothing of requests,
 """
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,8 +55,10 @@ class StepInput:
     """KV blocks in order of position, enough for `num_context`."""
     wants_logits: bool
     """True where the last new token is to be followed by a sampled one."""
-    still_wanted: Callable[[], bool] = lambda: True
+    still_wanted: Callable[[], bool]
     """Turns false when the request has left: its results are of no use any more."""
+    fail: Callable[[MoeServerError], None]
+    """Called when one of its rows needs an expert that cannot be read; it must leave then."""
 
 
 class Model:
@@ -157,10 +161,8 @@ class Model:
             poll: Called while the disk is waited for; requests may leave in it.
 
         Returns:
-            float32 (rows, vocab_size): logits of the requests that want them, in order.
-
-        Raises:
-            MoeServerError: An expert could not be read. The step can be repeated.
+            float32 (rows, vocab_size): logits of the requests that want them, in order. Those of
+            requests that have left are rubbish; no row influences another request's.
         """
         token_ids: list[int] = []
         positions: list[int] = []
@@ -223,40 +225,47 @@ class Model:
         started = time.perf_counter()
         num_choices = top_k_index.shape[1]
         plan = plan_routing(top_k_index, self.checkpoint.num_experts)
-        if self._look_ahead is not None:
-            self.cache.predict(layer + 1, self._look_ahead.predict(layer, hidden_states))
-        self.router_s += time.perf_counter() - started
-        outputs = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[1])
         picks_of = {
             expert: plan.order[start:end]
             for expert, start, end in zip(
                 plan.experts, plan.offsets, plan.offsets[1:], strict=False
             )
         }
+        wanted = [one for one in picks_of if self._is_any_wanted(picks_of[one] // num_choices)]
+        if self._look_ahead is not None and wanted:
+            self.cache.predict(layer + 1, self._look_ahead.predict(layer, hidden_states))
+        self.router_s += time.perf_counter() - started
+        outputs = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[1])
+        for expert in picks_of.keys() - set(wanted):
+            outputs[picks_of[expert]] = 0.0
 
         def still_wanted(expert: int) -> bool:
             self._poll()
             return self._is_any_wanted(picks_of[expert] // num_choices)
 
-        num_rows = [len(picks) for picks in picks_of.values()]
+        num_rows = [len(picks_of[expert]) for expert in wanted]
         rows = Rows(hidden_states, self._layout.w13)
-        groups = self.cache.acquire(layer, plan.experts, num_rows, still_wanted)
+        groups = self.cache.acquire(layer, wanted, num_rows, still_wanted)
         with closing(groups):
             for held in groups:
                 picks = picks_of[held.expert]
                 outputs[picks] = self._run_expert(activation, rows, picks // num_choices, held)
+                if held.error is not None:
+                    for request in self._requests_of(picks // num_choices):
+                        request.fail(held.error)
         return combine(outputs, top_k_index, top_k_weights)
 
     def _is_any_wanted(self, rows: torch.Tensor) -> bool:
         """True where one of these rows of the step belongs to a request that is still there."""
         if all(request.still_wanted() for request in self._batch):
             return True
-        wanted = [
-            is_wanted
-            for request in self._batch
-            for is_wanted in [request.still_wanted()] * len(request.token_ids)
-        ]
-        return any(wanted[row] for row in rows.tolist())
+        return bool(self._requests_of(rows))
+
+    def _requests_of(self, rows: torch.Tensor) -> list[StepInput]:
+        """The requests that are still there and that these rows of the step belong to."""
+        ends = list(accumulate(len(request.token_ids) for request in self._batch))
+        numbers = sorted({bisect_right(ends, row) for row in rows.tolist()})
+        return [self._batch[number] for number in numbers if self._batch[number].still_wanted()]
 
     def touch_expert(self, layer: int, expert: int) -> None:
         """Brings an expert to the device and computes one row with it.
@@ -270,6 +279,8 @@ class Model:
         with torch.inference_mode(), closing(self.cache.acquire(layer, [expert])) as groups:
             for held in groups:
                 self._run_expert(experts.act_fn, Rows(row, self._layout.w13), first, held)
+                if held.error is not None:
+                    raise held.error
 
     def _run_expert(
         self, activation: Activation, rows: "Rows", index: torch.Tensor, held: Held

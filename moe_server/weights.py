@@ -103,7 +103,8 @@ class Weights:
         return tensors
 
     def close(self) -> None:
-        """Ends the reader's threads."""
+        """Ends the reader's threads, after the blocks that they are reading."""
+        self.cache.close()
         self.reader.close()
 
     def _by_place_on_disk(self) -> list[ExpertId]:

@@ -109,9 +109,12 @@ class Held:
     memory: "torch.Tensor"
     """Its record, uint8 (stride_bytes,): compute where this is."""
     arrivals: Iterator[int]
-    """How many of the record's first bytes are there, growing; ends when all are, or, with
-    `dropped`, when nobody wants the expert any more."""
+    """How many of the record's first bytes are there, growing; ends when all are, or with
+    `dropped`."""
     dropped: bool = False
+    """True once it is known that not all of it will come: nobody wants it any more, or `error`."""
+    error: MoeServerError | None = None
+    """Why it could not be read."""
 
 
 def _always(_expert: int) -> bool:
@@ -198,19 +201,20 @@ class ExpertCache:
     ) -> Generator[Held, None, None]:
         """Yields every expert of `experts` once, those at hand first.
 
-        Misses are being read from disk meanwhile and are yielded as they arrive. Close the
-        generator to give up: reads that were only for it are cancelled.
+        Misses are being read from disk meanwhile and are yielded as they arrive. One that cannot be
+        read says so in its `Held`; the others come all the same. Close the generator to give up:
+        reads that were only for it are cancelled.
 
         Args:
             layer: The layer they belong to.
             experts: Distinct expert numbers.
             rows: How many rows each of them will compute; one each if None.
             still_wanted: Asked, while the disk is being waited for, whether an expert's result is
-                still of use; the read of one that is not is cancelled.
+                still of use; the read of one that is not is cancelled. A no is for good.
 
         Raises:
-            MoeServerError: An expert could not be read: here, or while arrivals are awaited. The
-                cache stays consistent and usable.
+            MoeServerError: An expert whose arrivals the caller did not see to their end could not
+                be read. The cache stays consistent and usable.
         """
         wanted = [ExpertId(layer, expert) for expert in experts]
         num_rows = dict(zip(wanted, rows or [1] * len(wanted), strict=True))
@@ -237,16 +241,28 @@ class ExpertCache:
                 yield self._held(expert, self._bring_from_host(expert, num_rows[expert]))
                 self._done_with(expert, missing, under_way)
             while missing or under_way:
+                unwanted = [one for one in missing if not still_wanted(one.expert)]
+                for expert in unwanted:
+                    missing.remove(expert)
+                    self._in_use.discard(expert)
+                for expert in unwanted:
+                    yield Held(expert.expert, self._slots[0], iter(()), dropped=True)
                 self._start_fetches(missing, under_way)
+                if not under_way:
+                    if missing:
+                        self._await_one_that_leaves()
+                    continue
                 fetch = _first_done(under_way)
-                held = self._held_while_arriving(fetch, num_rows[fetch.expert], still_wanted)
+                held = self._held_while_arriving(fetch, under_way, num_rows, still_wanted)
                 yield held
                 under_way.remove(fetch)
                 if held.dropped:
-                    self._give_up(fetch)
+                    # No prefetch either: those who would want it may be gone.
+                    self._abandon([fetch])
+                    self._in_use.discard(fetch.expert)
                 else:
                     self._finish(fetch)
-                self._done_with(fetch.expert, missing, under_way)
+                    self._done_with(fetch.expert, missing, under_way)
         finally:
             self._in_use.clear()
             self._abandon(under_way)
@@ -296,6 +312,11 @@ class ExpertCache:
             self._finish(self._coming.pop(fetch.expert), used=False)
             progress((number + 1) * self._stride_bytes)
 
+    def close(self) -> None:
+        """Gives up what is under way; nothing is asked of the cache afterwards."""
+        for fetch in self._coming.values():
+            fetch.ticket.cancel()
+
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; for tests and idle moments."""
         under_way = [*self._coming.values(), *self._leaving]
@@ -321,22 +342,27 @@ class ExpertCache:
         return Held(expert.expert, memory, iter((self._stride_bytes,)))
 
     def _held_while_arriving(
-        self, fetch: _Fetch, rows: int, still_wanted: Callable[[int], bool]
+        self,
+        fetch: _Fetch,
+        under_way: Sequence[_Fetch],
+        num_rows: Mapping[ExpertId, int],
+        still_wanted: Callable[[int], bool],
     ) -> Held:
         if fetch.staging is not None:
-            return self._held_when_staged(fetch, rows, still_wanted)
-        arena = self._slots if fetch.tier is self._on_device else self.host
-        held = Held(fetch.expert.expert, arena[fetch.place], iter(()))
-        held.arrivals = self._arrivals(fetch, held, still_wanted)
+            memory = self._staging[fetch.staging]
+        else:
+            arena = self._slots if fetch.tier is self._on_device else self.host
+            memory = arena[fetch.place]
+        held = Held(fetch.expert.expert, memory, iter(()))
+        held.arrivals = self._arrivals(fetch, held, under_way, still_wanted)
+        if fetch.staging is not None:
+            self._take_from_staging(fetch, held, num_rows[fetch.expert])
         return held
 
-    def _held_when_staged(
-        self, fetch: _Fetch, rows: int, still_wanted: Callable[[int], bool]
-    ) -> Held:
+    def _take_from_staging(self, fetch: _Fetch, held: Held, rows: int) -> None:
         """On a GPU the record is copied from its staging memory, or computed there."""
         assert fetch.staging is not None
-        held = Held(fetch.expert.expert, self._staging[fetch.staging], iter(()))
-        for _ in self._arrivals(fetch, held, still_wanted):
+        for _ in held.arrivals:
             pass
         if not held.dropped:
             held.arrivals = iter((self._stride_bytes,))
@@ -346,19 +372,31 @@ class ExpertCache:
                 held.memory = self._slots[fetch.place]
                 self._free_staging.append(fetch.staging)
                 fetch.staging = None
-        return held
 
     def _arrivals(
-        self, fetch: _Fetch, held: Held, still_wanted: Callable[[int], bool]
+        self,
+        fetch: _Fetch,
+        held: Held,
+        under_way: Sequence[_Fetch],
+        still_wanted: Callable[[int], bool],
     ) -> Iterator[int]:
-        arrived = 0
+        arrived = now = 0
         ticket = fetch.ticket
         while not ticket.complete or arrived < ticket.arrived_bytes:
             started = time.perf_counter()
-            now = ticket.wait_beyond(arrived, _POLL_S)
+            try:
+                now = ticket.wait_beyond(arrived, _POLL_S)
+            except MoeServerError as error:
+                held.error = error
             self.counters.read_s += time.perf_counter() - started
+            for other in under_way:
+                if other is not fetch and not still_wanted(other.expert.expert):
+                    other.ticket.cancel()
             if not still_wanted(held.expert):
+                held.error = None  # if there is one, it is nobody's
                 held.dropped = True
+            held.dropped = held.dropped or held.error is not None
+            if held.dropped:
                 return
             if now > arrived:
                 arrived = now
@@ -378,8 +416,13 @@ class ExpertCache:
     def _start_fetches(self, missing: deque[ExpertId], under_way: list[_Fetch]) -> None:
         """Starts fetching as many of `missing`, in order, as there are places for."""
         while missing and len(under_way) < MOST_UNDER_WAY:
+            self._collect_left()
             if self._staging.count and not self._free_staging:
-                return
+                if under_way:
+                    return
+                self._displace()
+                if not self._free_staging:
+                    return
             place = self._make_room(missing[0])
             if place is None:
                 return
@@ -407,7 +450,6 @@ class ExpertCache:
 
     def _make_room(self, incoming: ExpertId) -> int | None:
         """A slot for an expert that is wanted now, by eviction if need be; None: all are in use."""
-        self._collect_left()
         if self._on_device.free:
             return self._on_device.free.pop()
         victim = self._on_device.policy.victim(incoming, keep=self._in_use | self._soon)
@@ -415,16 +457,24 @@ class ExpertCache:
             victim = self._on_device.policy.victim(incoming, keep=self._in_use)
         if victim is not None:
             return self._evict(victim)
-        # What comes without being wanted yet gives way: the last first, predictions before all.
+        self._displace()
+        return self._on_device.free.pop() if self._on_device.free else None
+
+    def _displace(self) -> None:
+        """What comes without being wanted yet gives way: the last first, predictions before all.
+
+        One at a time: it may be a block's time before its place is free.
+        """
         coming = [fetch for fetch in self._coming.values() if fetch.tier is self._on_device]
-        if coming:
+        if coming and not any(fetch.tier is self._on_device for fetch in self._leaving):
             last = max(reversed(coming), key=lambda fetch: fetch.predicted)
             self._give_up(self._coming.pop(last.expert))
-        for fetch in self._leaving:
-            with contextlib.suppress(MoeServerError):
-                fetch.ticket.wait()
-        self._collect_left()
-        return self._on_device.free.pop() if self._on_device.free else None
+            self._collect_left()
+
+    def _await_one_that_leaves(self) -> None:
+        """Waits, not for long, for a read that was given up to leave its place."""
+        with contextlib.suppress(MoeServerError):
+            self._leaving[0].ticket.wait(_POLL_S)
 
     def _finish(self, fetch: _Fetch, *, used: bool = True) -> None:
         """Enters an expert that has arrived; on failure its places are free again."""
@@ -442,7 +492,7 @@ class ExpertCache:
     def _give_up(self, fetch: _Fetch) -> None:
         """Cancels a read; its place is free once no thread writes to it any more."""
         fetch.ticket.cancel()
-        self.counters.cancelled += 1
+        self.counters.cancelled += fetch.ticket.error is None
         self._leaving.append(fetch)
 
     def _collect_left(self) -> None:
@@ -472,11 +522,14 @@ class ExpertCache:
         self._predicted = deque(expert for expert in self._predicted if expert.layer != layer)
         self._soon = frozenset(expert for expert in self._soon if expert.layer != layer)
         for fetch in list(self._coming.values()):
-            if fetch.expert in wanted:
+            if fetch.ticket.done and not fetch.ticket.complete:
+                # It failed. Who wants it now is owed a read of its own.
+                self._give_up(self._coming.pop(fetch.expert))
+            elif fetch.expert in wanted:
                 continue
-            if fetch.ticket.complete:
+            elif fetch.ticket.complete:
                 self._finish(self._coming.pop(fetch.expert), used=False)
-            elif fetch.ticket.done or (fetch.predicted and fetch.expert.layer == layer):
+            elif fetch.predicted and fetch.expert.layer == layer:
                 self._give_up(self._coming.pop(fetch.expert))
 
     def _claim(self, expert: ExpertId) -> _Fetch:

@@ -157,6 +157,8 @@ def acquire(cache: ExpertCache, shards: Shards, layer: int, experts: list[int]) 
     yielded = []
     for held in cache.acquire(layer, experts):
         arrived = list(held.arrivals)
+        if held.error is not None:
+            raise held.error
         assert arrived == sorted(set(arrived)), "arrivals do not grow"
         yielded.append(held.expert)
         # Twice: reads under way must not touch slots that are the caller's.
@@ -255,6 +257,21 @@ def test_a_wrong_prediction_leaves_its_place(shards, reader, monkeypatch):
     assert cache.counters.read_bytes < 3 * RECORD_BYTES
 
 
+def test_closing_waits_for_no_prediction(shards, reader, monkeypatch):
+    cache = make_cache(shards, reader, num_slots=2, num_records=0)
+    acquire(cache, shards, 0, [0])
+    gate = Gate(monkeypatch)
+    cache.predict(1, [3])
+    for _ in cache.acquire(0, [0]):
+        gate.await_call()
+    [_, (_, predicted)] = reader.submitted
+    cache.close()
+    gate.opened.set()
+    reader.close()
+    assert predicted.done
+    assert predicted.read_bytes < RECORD_BYTES
+
+
 def test_a_prediction_never_takes_a_place_that_is_needed_sooner(shards, reader):
     cache = make_cache(shards, reader, num_slots=3, num_records=0)
     acquire(cache, shards, 0, [0, 1])
@@ -321,6 +338,26 @@ def test_a_read_that_nobody_wants_any_more_leaves_the_queue(shards, reader, monk
     assert not dropped.complete
     cache.check_integrity()
     acquire(cache, shards, 0, [0, 2, 3])
+
+
+def test_a_read_leaves_the_queue_while_another_is_waited_for(shards, reader, monkeypatch):
+    cache = make_cache(shards, reader, num_slots=5, num_records=0)
+    gate, asked = Gate(monkeypatch), []
+
+    def still_wanted(expert):
+        asked.append(expert)
+        if asked.count(1) == 2:
+            [_, (_, left)] = reader.submitted
+            assert left.done
+            gate.opened.set()
+        return expert != 2
+
+    dropped = []
+    for held in cache.acquire(0, [1, 2], None, still_wanted):
+        assert list(held.arrivals) or held.dropped
+        dropped.append(held.dropped)
+    assert dropped == [False, True]
+    cache.check_integrity()
 
 
 @pytest.mark.parametrize(("num_slots", "num_records"), [(1, 14), (2, 13), (5, 10), (14, 1)])
@@ -394,7 +431,7 @@ def fail_reads(monkeypatch, choose: random.Random, rate: float) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_failed_reads_raise_and_leave_the_cache_whole(shards, reader, seed, monkeypatch):
+def test_failed_reads_are_told_and_leave_the_cache_whole(shards, reader, seed, monkeypatch):
     choose = random.Random(seed)
     cache = make_cache(shards, reader, choose.randint(1, 6), choose.choice([0, 2, 5]))
     rates = fail_reads(monkeypatch, choose, 0.35)
@@ -402,18 +439,18 @@ def test_failed_reads_raise_and_leave_the_cache_whole(shards, reader, seed, monk
     for _ in range(80):
         layer, experts = some_experts(choose)
         yielded = []
-        try:
-            for held in cache.acquire(layer, experts):
-                for _ in held.arrivals:
-                    pass
+        for held in cache.acquire(layer, experts):
+            for _ in held.arrivals:
+                pass
+            yielded.append(held.expert)
+            if held.error is None:
                 shards.assert_in(held.memory, ExpertId(layer, held.expert))
-                yielded.append(held.expert)
-        except MoeServerError as error:
-            failures += 1
-            assert error.reason is Reason.UNAVAILABLE
-            assert "Input/output error" in error.message
-        else:
-            assert sorted(yielded) == sorted(experts)
+            else:
+                failures += 1
+                assert held.dropped
+                assert held.error.reason is Reason.UNAVAILABLE
+                assert "Input/output error" in held.error.message
+        assert sorted(yielded) == sorted(experts)
         cache.check_integrity()
     assert failures > 5
     rates[0] = 0.0
