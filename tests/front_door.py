@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -101,9 +101,10 @@ async def front_door(
     model: ServedModel | None = None,
     patience: Patience = PATIENCE,
     until: ServerState = ServerState.READY,
+    command: Sequence[str] = FAKE_ENGINE,
 ) -> AsyncIterator[FrontDoor]:
     server = Server(
-        config or make_config(), model or make_model(), patience, (*FAKE_ENGINE, *engine_flags)
+        config or make_config(), model or make_model(), patience, (*command, *engine_flags)
     )
     await server.open()
     try:
