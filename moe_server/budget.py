@@ -15,6 +15,7 @@ from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
 from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels.formats import GROUP_CHOICES
+from moe_server.offload.layout import PAGE_BYTES
 
 RUNTIME_BYTES = 290 * 2**20
 """The engine process before it holds any of the model: 264 MiB of imports (torch 2.13, transformers
@@ -314,7 +315,10 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     experts = combining + one_expert
     # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
     logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)
-    reading = config.read_threads * (READ_BLOCK_BYTES + 2 * 4096) if config.device == "cpu" else 0
+    reading = 0
+    if config.device == "cpu" and not checkpoint.is_page_aligned:
+        # What is not aligned is read through a window of each thread's.
+        reading = config.read_threads * (READ_BLOCK_BYTES + 2 * PAGE_BYTES)
     return residual + max(attention, experts, logits) + reading
 
 

@@ -117,6 +117,15 @@ class Checkpoint:
         return self.experts[expert]
 
     @property
+    def is_page_aligned(self) -> bool:
+        """Whether every record can be read straight into its place."""
+        return all(
+            (part.file_offset | part.nbytes | part.record_offset) % PAGE_BYTES == 0
+            for parts in self.experts.values()
+            for part in parts
+        )
+
+    @property
     def dense_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.dense.values())
 

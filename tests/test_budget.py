@@ -57,7 +57,7 @@ def make_checkpoint(
         eos_token_ids=(),
         dense={"all": DenseTensor(nowhere, shape, None)},
         experts={  # type: ignore[misc]
-            ExpertId(layer, expert): None for layer in range(layers) for expert in range(experts)
+            ExpertId(layer, expert): () for layer in range(layers) for expert in range(experts)
         },
         checksums={},
     )
