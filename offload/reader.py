@@ -133,7 +133,6 @@ class ReadTicket:
 
     def block_ended(self, index: int, error: MoeServerError | None) -> None:
         """Called by the reader's threads, under the lock."""
-        self.in_flight -= 1
         if error is None:
             self._arrived[index] = True
             while self._front < len(self._ends) and self._arrived[self._front]:
@@ -141,6 +140,7 @@ class ReadTicket:
         else:
             self.error = self.error or error
             self.pending.clear()
+        self.in_flight -= 1  # last, for those who ask without the lock whether the read is done
         self.changed.notify_all()
 
     def _raise_if_failed(self) -> None:
@@ -293,12 +293,12 @@ class Reader:
             if not queue or self._in_flight[priority] >= most:
                 continue
             ticket = queue[0]
+            ticket.in_flight += 1  # first: between the two the ticket must not look done
             index, block = ticket.pending.popleft()
             if not ticket.pending:
                 queue.popleft()
             if in_flight == 0:
                 self._busy_since = time.perf_counter()
-            ticket.in_flight += 1
             self._in_flight[priority] += 1
             return ticket, index, block
         return None

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.checksum import ChecksumBook, checksums
 from moe_server.offload.layout import PAGE_BYTES, Segment
-from moe_server.offload.reader import Priority, Reader
+from moe_server.offload.reader import Priority, Reader, ReadTicket
 
 CHUNK_BYTES = 2 * PAGE_BYTES
 CONTENT = random.Random(0).randbytes(11 * PAGE_BYTES + 1234)
@@ -288,6 +289,35 @@ def test_a_read_cancelled_on_its_way_ends_with_the_chunk_that_is_being_read(file
         with pytest.raises(MoeServerError, match="cancelled"):
             ticket.wait()
     assert gate.offsets == [0]
+
+
+def test_a_read_under_way_looks_done_at_no_point(file, monkeypatch):
+    """Who asks without the lock would take it for a read that was cancelled."""
+    looked_done = []
+
+    class Pending(deque):
+        def popleft(self):
+            taken = super().popleft()
+            looked_done.append(ticket.done)
+            return taken
+
+    class Arrived(list):
+        def __setitem__(self, index, arrived):
+            super().__setitem__(index, arrived)
+            looked_done.append(ticket.done)
+
+    class Watched(ReadTicket):
+        def __init__(self, *args):
+            nonlocal ticket
+            super().__init__(*args)
+            ticket = self
+            self.pending, self._arrived = Pending(self.pending), Arrived(self._arrived)
+
+    ticket: ReadTicket
+    monkeypatch.setattr("moe_server.offload.reader.ReadTicket", Watched)
+    with running_reader(num_threads=1) as reader:
+        read(reader, [Segment(file, 0, 2 * CHUNK_BYTES, 0)], Target())
+    assert looked_done == [False] * 4
 
 
 def test_a_read_cancelled_after_its_end_has_succeeded(reader, file):
