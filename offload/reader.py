@@ -272,16 +272,24 @@ class Reader:
         self._files.close()
 
     def _serve(self, window: mmap.mmap) -> None:
-        while True:
-            with self._work:
-                while (taken := self._take()) is None:
-                    if self._closing and not any(self._queues.values()):
-                        return
-                    self._work.wait()
-            ticket, index, block = taken
-            error = self._attempt(ticket, block, window)
-            with self._work:
-                self._end(ticket, index, block, error)
+        while self._serve_block(window):
+            pass
+
+    def _serve_block(self, window: mmap.mmap) -> bool:
+        """Waits for a block and reads it; False: there will be none any more.
+
+        A call of its own, so that no idle thread holds a ticket, and with it the target's owner.
+        """
+        with self._work:
+            while (taken := self._take()) is None:
+                if self._closing and not any(self._queues.values()):
+                    return False
+                self._work.wait()
+        ticket, index, block = taken
+        error = self._attempt(ticket, block, window)
+        with self._work:
+            self._end(ticket, index, block, error)
+        return True
 
     def _take(self) -> tuple[ReadTicket, int, _Block] | None:
         """The next block; None while there is none or enough are in flight. Under the lock."""

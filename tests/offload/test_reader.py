@@ -2,11 +2,13 @@
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -326,6 +328,21 @@ def test_a_read_cancelled_after_its_end_has_succeeded(reader, file):
     ticket.cancel()
     ticket.wait()
     target.holds(CONTENT[:100], 0)
+
+
+def test_a_read_that_ended_keeps_nobody_s_memory(file):
+    class Owner:
+        pass
+
+    owner = Owner()
+    released = threading.Event()
+    weakref.finalize(owner, released.set)
+    with running_reader() as reader:
+        target = Target()
+        reader.submit([Segment(file, 0, 4 * CHUNK_BYTES, 0)], target.address, owner=owner).wait()
+        del owner
+        gc.collect()
+        assert released.wait(WAIT_S)
 
 
 def test_closing_finishes_what_is_queued(file, monkeypatch):
