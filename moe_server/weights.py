@@ -6,6 +6,7 @@ of the bytes later.
 """
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook
-from moe_server.offload.layout import PAGE_BYTES, ExpertId, Segment
+from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.pages import map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _DenseRead:
-    offset: int
+    memory: mmap.mmap
     nbytes: int
     ticket: ReadTicket
 
@@ -63,17 +64,13 @@ class Weights:
 
     def begin(self) -> None:
         """Begins to read the dense weights and, behind them, as many experts as have a place."""
-        size = sum(
-            _round_up(location.nbytes, PAGE_BYTES) for location in self.checkpoint.dense.values()
-        )
-        self._memory = map_pages(size)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        offset = 0
         for name, location in self.checkpoint.dense.items():
+            # A mapping each: a tensor that is handed on by copying frees its own.
+            memory = map_pages(location.nbytes)
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
             part = Segment(location.file, location.offset, location.nbytes, 0)
-            ticket = self.reader.submit([part], base + offset, owner=self._memory)
-            self._dense[name] = _DenseRead(offset, location.nbytes, ticket)
-            offset += _round_up(location.nbytes, PAGE_BYTES)
+            ticket = self.reader.submit([part], address, owner=memory)
+            self._dense[name] = _DenseRead(memory, location.nbytes, ticket)
         self.cache.fill(self._by_place_on_disk())
 
     def take_dense(self, progress: Callable[[int], None]) -> "dict[str, torch.Tensor]":
@@ -83,7 +80,7 @@ class Weights:
             progress: Called with the bytes read so far.
 
         Returns:
-            uint8 (nbytes,) by parameter name, views of one block of memory.
+            uint8 (nbytes,) by parameter name, each the only owner of its memory.
 
         Raises:
             MoeServerError: A read failed.
@@ -94,9 +91,7 @@ class Weights:
         done = 0
         for name, read in self._dense.items():
             read.ticket.wait()
-            tensors[name] = torch.frombuffer(
-                self._memory, dtype=torch.uint8, count=read.nbytes, offset=read.offset
-            )
+            tensors[name] = torch.frombuffer(read.memory, dtype=torch.uint8, count=read.nbytes)
             done += read.nbytes
             progress(done)
         self._dense.clear()
@@ -122,7 +117,3 @@ class Weights:
             return str(first.file), first.file_offset
 
         return sorted(chosen, key=place)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
