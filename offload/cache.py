@@ -188,6 +188,9 @@ class ExpertCache:
         self._in_use: set[ExpertId] = set()
         """Not to be evicted: wanted by the layer that is being computed, and not computed yet."""
         self._demoted_unused: set[ExpertId] = set()
+        self._forgotten: dict[ExpertId, None] = {}
+        """As many as the host tier holds, the longest forgotten first: what became of them tells
+        whether demoting would have paid, while nothing is demoted."""
         self._between_s = 0.0
         self._layer_ended = 0.0
         self._disk_seen = (0, 0.0)
@@ -231,6 +234,7 @@ class ExpertCache:
         self.counters.disk_reads += len(missing) + len(under_way)
         for expert in hits:
             self._on_device.policy.touch(expert)
+        self._regret(missing)
         try:
             self._start_fetches(missing, under_way)
             self._prefetch()
@@ -333,6 +337,7 @@ class ExpertCache:
         assert not twice, f"in two tiers: {twice}"
         assert not self._in_use, f"still in use: {self._in_use}"
         assert self._demoted_unused <= self._in_host.places.keys()
+        assert len(self._forgotten) <= self.host.count
         staged = [fetch.staging for fetch in under_way if fetch.staging is not None]
         assert len(self._free_staging) + len(staged) == self._staging.count, "staging is lost"
 
@@ -624,8 +629,24 @@ class ExpertCache:
         if self.host.count and self.cost.demotion_pays(self._stride_bytes):
             self._demote(expert, slot)
         else:
-            self.cost.forgotten += 1
+            self._forget(expert)
         return slot
+
+    def _forget(self, expert: ExpertId) -> None:
+        self.cost.forgotten += 1
+        if self.host.count:
+            self._forgotten.pop(expert, None)  # a prefetch may have brought it back unregretted
+            self._forgotten[expert] = None
+            if len(self._forgotten) > self.host.count:
+                del self._forgotten[next(iter(self._forgotten))]
+                self.cost.observe_fate(used=False)
+
+    def _regret(self, missing: Iterable[ExpertId]) -> None:
+        """What is wanted again so soon would have been in the host tier still."""
+        for expert in missing:
+            if expert in self._forgotten:
+                del self._forgotten[expert]
+                self.cost.observe_fate(used=True)
 
     def _demote(self, expert: ExpertId, slot: int) -> None:
         if not self._in_host.free:

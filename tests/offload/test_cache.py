@@ -11,7 +11,7 @@ import torch
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.cache import ExpertCache
-from moe_server.offload.cost import CostModel
+from moe_server.offload.cost import CostModel, Speed
 from moe_server.offload.layout import PAGE_BYTES, ExpertId, Segment
 from moe_server.offload.reader import Priority, Reader
 from tests.offload.test_reader import Gate
@@ -372,6 +372,31 @@ def test_tiers_that_hold_all_experts_together_read_each_once(
     for _ in range(60):
         acquire(cache, shards, *some_experts(choose))
     assert cache.counters.disk_reads == TOTAL
+
+
+class Constant(Speed):
+    """A speed that nothing observed changes."""
+
+    def observe(self, nbytes, seconds):
+        pass
+
+
+def test_a_scan_that_used_nothing_twice_does_not_end_demotion_for_good(shards, reader):
+    prices = CostModel(shared_memory=True, disk=Constant(2e9), copy=Constant(5e9))
+    cache = make_cache(shards, reader, num_slots=3, num_records=3, prices=prices)
+    for _ in range(6):
+        for expert in EXPERTS:
+            acquire(cache, shards, expert.layer, [expert.expert])
+    assert not prices.demotion_pays(STRIDE_BYTES)
+    # From now on six others are wanted, as many as both tiers hold together.
+    frozen = in_host(cache)
+    for number in range(100):
+        if number == 20:
+            before = cache.counters.disk_reads
+        for layer in range(NUM_LAYERS):
+            absent = [one for one in range(NUM_EXPERTS) if ExpertId(layer, one) not in frozen]
+            acquire(cache, shards, layer, absent[:2])
+    assert cache.counters.disk_reads == before
 
 
 @pytest.mark.parametrize("seed", range(6))
