@@ -188,6 +188,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = read_headers(path, manifest)
         stored = manifest.format
         read_expert = _expert_in_store
+        refuse_integer_activation(config, stored, path)
     checksums = {} if manifest is None else _checksums(manifest, tensors)
     source = _Source(path, tensors, stored, sizes)
     experts = {
@@ -458,6 +459,28 @@ def _take(source: _Source, name: str, dtype: str, shape: tuple[int, ...]) -> Ten
             field="model",
         )
     return tensor
+
+
+def refuse_integer_activation(config: Mapping[str, Any], stored: StoreFormat, path: Path) -> None:
+    """Integer experts are computed with SiLU and with nothing else.
+
+    Args:
+        config: The model's config.json.
+        stored: How its weights are stored, or are to be.
+        path: Where it is.
+
+    Raises:
+        MoeServerError: The model wants another activation between them.
+    """
+    activation = config.get("hidden_act", "silu")
+    if stored.experts.is_integer and activation != "silu":
+        raise MoeServerError(
+            f"{path}: hidden_act is {activation!r}; {stored.experts.value} experts are computed "
+            "with 'silu' only.",
+            "Serve the checkpoint in its own dtype, or packed with --format bf16.",
+            reason=Reason.UNSUPPORTED,
+            field="model",
+        )
 
 
 def _refuse_leftovers(tensors: Mapping[str, TensorLocation], path: Path) -> None:

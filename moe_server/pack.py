@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_server.checkpoint import Checkpoint, read_checkpoint
+from moe_server.checkpoint import Checkpoint, read_checkpoint, refuse_integer_activation
 from moe_server.directory import complete_or_absent, refuse_small_disk
 from moe_server.errors import MoeServerError, Reason
+from moe_server.json_file import read_json
 from moe_server.kernels.formats import GROUP_COLUMNS, WeightFormat
 from moe_server.pack_files import StorePlan, write_store
 from moe_server.pack_journal import JOURNAL_FILE, Finished, Journal
@@ -168,7 +169,8 @@ def choose_format(
         dense_int8: Whether the dense matrices are to be int8, too.
 
     Raises:
-        MoeServerError: The checkpoint is a packed store or float32, or the wishes contradict.
+        MoeServerError: The checkpoint is a packed store or float32, its activation is not for
+            integers, or the wishes contradict.
     """
     if (checkpoint.path / MANIFEST_FILE).exists():
         raise MoeServerError(
@@ -191,7 +193,9 @@ def choose_format(
         )
     dtype = checkpoint.stored.dtype
     experts = dtype if name == "bf16" else WeightFormat(name)
-    return StoreFormat(dtype, experts, group_columns or GROUP_COLUMNS, dense_int8=dense_int8)
+    stored = StoreFormat(dtype, experts, group_columns or GROUP_COLUMNS, dense_int8=dense_int8)
+    refuse_integer_activation(read_json(checkpoint.path / "config.json"), stored, checkpoint.path)
+    return stored
 
 
 def _source_files(checkpoint: Checkpoint) -> dict[str, list[int]]:

@@ -172,6 +172,16 @@ def test_a_truncated_file(store, name, lost):
     refusal(store, name, "truncated")
 
 
+def test_integers_with_an_activation_that_no_kernel_has(source, store, tmp_path):
+    edit_config(store, hidden_act="gelu")
+    assert refusal(store, "'gelu'", "int4").reason is Reason.UNSUPPORTED
+    plain = Path(shutil.copytree(source, tmp_path / "gelu"))
+    edit_config(plain, hidden_act="gelu")
+    with pytest.raises(MoeServerError, match="'gelu'"):
+        pack_as(plain, tmp_path / "out", "int8")
+    assert read_checkpoint(pack_as(plain, tmp_path / "out", "bf16").path)
+
+
 def test_a_file_with_something_behind_it(store):
     with (store / EXPERTS).open("ab") as file:
         file.write(b"x")
