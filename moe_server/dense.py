@@ -2,8 +2,8 @@
 
 oneDNN's bfloat16 products round by the number of rows on machines that have bfloat16 instructions:
 a request's tokens would depend on its neighbours. Ours do not, and read weights twice as fast at
-one row. Quantised matrices have no other way at all. Replaces modules of a transformers model
-before its weights are loaded; parameter names stay. Shape legend: T tokens, H hidden size, E
+one row. Quantised matrices have no other way at all. Replaces modules of a model before its weights
+are loaded; parameter names stay. Shape legend: T tokens, H hidden size, E
 experts, M rows, K columns, N rows of a matrix.
 """
 

@@ -132,7 +132,7 @@ class Model:
         unset = [name for name, parameter in self._module.named_parameters() if parameter.is_meta]
         if unset or result.unexpected_keys:
             raise MoeServerError(
-                f"transformers' {self.checkpoint.architecture} has other parameters than expected: "
+                f"The {self.checkpoint.architecture} module has other parameters than expected: "
                 f"missing {unset[:3]}, unexpected {result.unexpected_keys[:3]}.",
                 "Install the transformers version of constraints.txt.",
                 reason=Reason.UNSUPPORTED,
@@ -231,7 +231,8 @@ class Model:
                 plan.experts, plan.offsets, plan.offsets[1:], strict=False
             )
         }
-        wanted = [one for one in picks_of if self._is_any_wanted(picks_of[one] // num_choices)]
+        rows_of = {expert: picks // num_choices for expert, picks in picks_of.items()}
+        wanted = [expert for expert, index in rows_of.items() if self._is_any_wanted(index)]
         if self._look_ahead is not None and wanted:
             self.cache.predict(layer + 1, self._look_ahead.predict(layer, hidden_states))
         self.router_s += time.perf_counter() - started
@@ -241,19 +242,37 @@ class Model:
 
         def still_wanted(expert: int) -> bool:
             self._poll()
-            return self._is_any_wanted(picks_of[expert] // num_choices)
+            return self._is_any_wanted(rows_of[expert])
 
         num_rows = [len(picks_of[expert]) for expert in wanted]
         rows = Rows(hidden_states, self._layout.w13)
         groups = self.cache.acquire(layer, wanted, num_rows, still_wanted)
         with closing(groups):
             for held in groups:
-                picks = picks_of[held.expert]
-                outputs[picks] = self._run_expert(activation, rows, picks // num_choices, held)
+                index = rows_of[held.expert]
+                is_timed = self.cache.cost.wants_compute(len(index), in_host=held.in_host)
+                started = self._finished_at() if is_timed else 0.0
+                waited_s = self.cache.counters.read_s
+                outputs[picks_of[held.expert]] = self._run_expert(activation, rows, index, held)
                 if held.error is not None:
-                    for request in self._requests_of(picks // num_choices):
+                    for request in self._requests_of(index):
                         request.fail(held.error)
+                elif is_timed and self.cache.counters.read_s == waited_s:
+                    self.cache.cost.observe_compute(
+                        len(index),
+                        self._layout.weight_bytes,
+                        self._finished_at() - started,
+                        in_host=held.in_host,
+                    )
         return combine(outputs, top_k_index, top_k_weights)
+
+    def _finished_at(self) -> float:
+        """Now, with all that was asked of the device done."""
+        if self._device.type == "cuda":
+            # What is queued would be counted with the next expert, or the last one not at all; a
+            # few experts only are timed.
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
     def _is_any_wanted(self, rows: torch.Tensor) -> bool:
         """True where one of these rows of the step belongs to a request that is still there."""

@@ -111,6 +111,8 @@ class Held:
     arrivals: Iterator[int]
     """How many of the record's first bytes are there, growing; ends when all are, or with
     `dropped`."""
+    in_host: bool = False
+    """True where it is computed in host memory."""
     dropped: bool = False
     """True once it is known that not all of it will come: nobody wants it any more, or `error`."""
     error: MoeServerError | None = None
@@ -344,7 +346,8 @@ class ExpertCache:
     # Yielding
 
     def _held(self, expert: ExpertId, memory: "torch.Tensor") -> Held:
-        return Held(expert.expert, memory, iter((self._stride_bytes,)))
+        is_in_host = expert in self._in_host.places
+        return Held(expert.expert, memory, iter((self._stride_bytes,)), in_host=is_in_host)
 
     def _held_while_arriving(
         self,
@@ -358,7 +361,8 @@ class ExpertCache:
         else:
             arena = self._slots if fetch.tier is self._on_device else self.host
             memory = arena[fetch.place]
-        held = Held(fetch.expert.expert, memory, iter(()))
+        is_in_host = fetch.staging is not None or fetch.tier is self._in_host
+        held = Held(fetch.expert.expert, memory, iter(()), in_host=is_in_host)
         held.arrivals = self._arrivals(fetch, held, under_way, still_wanted)
         if fetch.staging is not None:
             self._take_from_staging(fetch, held, num_rows[fetch.expert])
@@ -374,7 +378,7 @@ class ExpertCache:
             # It goes to its slot in any case; whether the rows wait for that is a matter of cost.
             if self.cost.copy_pays(rows, self._stride_bytes):
                 self._copy(self._staging[fetch.staging], self._slots[fetch.place])
-                held.memory = self._slots[fetch.place]
+                held.memory, held.in_host = self._slots[fetch.place], False
                 self._free_staging.append(fetch.staging)
                 fetch.staging = None
 
@@ -660,7 +664,7 @@ class ExpertCache:
             self._in_host.free.append(self._in_host.drop(evicted))
         record = self._in_host.free.pop()
         self._copy(self._slots[slot], self.host[record], counted=False)
-        self._in_host.put(expert, record)
+        self._in_host.put(expert, record, used=False)
         self._demoted_unused.add(expert)
         self.cost.demoted += 1
 

@@ -41,15 +41,18 @@ class Calibration:
 
     def next(self) -> None:
         """Between two reads: takes in what the last brought and sets up the next."""
+        if not self._settings:
+            return
         nbytes, busy_s = self._reader.speed()
         read, seconds = nbytes - self._start[0], busy_s - self._start[1]
-        if self._current is not None and read >= _SAMPLE_BYTES and seconds > 0:
+        if self._current is not None:
+            if read < _SAMPLE_BYTES or seconds <= 0:
+                return
             self.samples[self._current].append(read / seconds)
             self._settings.rotate(-1)
         self._start = nbytes, busy_s
-        if self._settings:
-            self._current = self._settings[0]
-            self._set(self._current)
+        self._current = self._settings[0]
+        self._set(self._current)
 
     def conclude(self) -> None:
         """Settles on the best setting; on the reader's own where there was too little to read."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 _WEIGHT = 0.1
 """Of a new observation: the mean follows a change within some tens of experts."""
 
+_TIMED_EVERY = 32
+"""Experts per one that is timed where computing was timed before: on a GPU it needs a sync."""
+
 
 @dataclass(slots=True)
 class Speed:
@@ -56,10 +59,20 @@ class CostModel:
     computed_in_place: int = 0
     demoted: int = 0
     forgotten: int = 0
+    computed: int = 0
+    """Experts computed where it matters in which memory."""
 
-    def observe_compute(self, rows: int, nbytes: int, seconds: float, *, on_host: bool) -> None:
-        """An expert of `nbytes` was computed over `rows` rows."""
-        table = self.on_host if on_host and not self.shared_memory else self.on_device
+    def wants_compute(self, rows: int, *, in_host: bool) -> bool:
+        """True where it should be told how long the next expert takes over `rows` rows."""
+        if self.shared_memory:
+            return False
+        self.computed += 1
+        table = self.on_host if in_host else self.on_device
+        return rows.bit_length() not in table or self.computed % _TIMED_EVERY == 0
+
+    def observe_compute(self, rows: int, nbytes: int, seconds: float, *, in_host: bool) -> None:
+        """An expert of `nbytes` was computed over `rows` rows, all of it being there before."""
+        table = self.on_host if in_host else self.on_device
         table.setdefault(rows.bit_length(), Speed()).observe(nbytes, seconds)
 
     def observe_fate(self, *, used: bool) -> None:

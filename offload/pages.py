@@ -18,4 +18,7 @@ def map_pages(size: int) -> mmap.mmap:
     mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
+    # A process that forks while the disk writes here could end up with stale pages.
+    with contextlib.suppress(OSError):
+        mapping.madvise(mmap.MADV_DONTFORK)
     return mapping

@@ -73,6 +73,8 @@ class LookAhead:
         wanted_E = 1 - unwanted_TE.prod(dim=0)
         sure = [
             (probability, expert)
+            # On a GPU a sync, as in `observe`: the disk has to be told now. Only where experts are
+            # absent; where all have a place nobody looks ahead.
             for expert, probability in enumerate(wanted_E.tolist())
             if probability >= _LEAST_PROBABILITY
         ]

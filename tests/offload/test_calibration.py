@@ -51,6 +51,12 @@ def test_too_little_to_read_changes_nothing(reads, nbytes):
     assert (disk.block_bytes, disk.depth) == (8 * MIB, 4)
 
 
+def test_small_records_add_up_to_a_sample():
+    disk = Disk(lambda *setting: 2e9 if setting == (4 * MIB, 2) else 1e9)
+    calibrate(disk, 200, 5 * MIB)
+    assert (disk.block_bytes, disk.depth) == (4 * MIB, 2)
+
+
 def test_the_reader_s_own_bounds_are_kept():
     disk = Disk(lambda block, depth: block * depth * 1e3, block_bytes=4 * MIB, depth=1)
     calibrate(disk, 12)
