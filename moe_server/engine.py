@@ -27,6 +27,7 @@ from moe_server.messages import (
 )
 from moe_server.model import Model, StepInput
 from moe_server.offload.cache import CacheCounters
+from moe_server.offload.tiers import MoveCounters
 from moe_server.sampler import Sampled, sample
 from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
@@ -151,13 +152,14 @@ class Engine:
             else:
                 timings.decode_s += elapsed
             timings.router_s += after.router_s - before.router_s
-            timings.transfer_s += after.cache.transfer_s - before.cache.transfer_s
+            timings.transfer_s += after.moves.transfer_s - before.moves.transfer_s
             timings.read_s += after.cache.read_s - before.cache.read_s
-            timings.transfer_bytes += after.cache.transfer_bytes - before.cache.transfer_bytes
+            timings.transfer_bytes += after.moves.transfer_bytes - before.moves.transfer_bytes
             timings.read_bytes += after.cache.read_bytes - before.cache.read_bytes
 
     def _spent(self) -> "_Spent":
-        return _Spent(self.model.router_s, replace(self.cache.counters))
+        cache = self.cache
+        return _Spent(self.model.router_s, replace(cache.counters), replace(cache.tiers.counters))
 
     def _without_broken(
         self, logits: torch.Tensor, sequences: list[Sequence]
@@ -229,7 +231,7 @@ class Engine:
                 device_hits=counters.device_hits,
                 host_hits=counters.host_hits,
                 disk_reads=counters.disk_reads,
-                transfer_bytes=counters.transfer_bytes,
+                transfer_bytes=self.cache.tiers.counters.transfer_bytes,
                 read_bytes=counters.read_bytes,
                 prefetches=counters.prefetches,
                 prefetch_hits=counters.prefetch_hits,
@@ -239,7 +241,7 @@ class Engine:
         )
 
     def _offload(self) -> Offload:
-        cost, reader = self.cache.cost, self.weights.reader
+        cost, reader = self.cache.tiers.cost, self.weights.reader
         return Offload(
             disk_bytes_per_second=cost.disk.bytes_per_s or 0.0,
             copy_bytes_per_second=cost.copy.bytes_per_s or 0.0,
@@ -253,7 +255,7 @@ class Engine:
             read_retries=reader.counters.retries,
             checksum_mismatches=reader.counters.mismatches,
             buffered_files=reader.buffered_files,
-            host_memory_pinned=self.cache.host.is_pinned,
+            host_memory_pinned=self.cache.tiers.host.is_pinned,
         )
 
 
@@ -263,6 +265,7 @@ class _Spent:
 
     router_s: float
     cache: CacheCounters
+    moves: MoveCounters
 
 
 def _without_left(

@@ -250,7 +250,7 @@ class Model:
         with closing(groups):
             for held in groups:
                 index = rows_of[held.expert]
-                is_timed = self.cache.cost.wants_compute(len(index), in_host=held.in_host)
+                is_timed = self.cache.tiers.cost.wants_compute(len(index), in_host=held.in_host)
                 started = self._finished_at() if is_timed else 0.0
                 waited_s = self.cache.counters.read_s
                 outputs[picks_of[held.expert]] = self._run_expert(activation, rows, index, held)
@@ -258,7 +258,7 @@ class Model:
                     for request in self._requests_of(index):
                         request.fail(held.error)
                 elif is_timed and self.cache.counters.read_s == waited_s:
-                    self.cache.cost.observe_compute(
+                    self.cache.tiers.cost.observe_compute(
                         len(index),
                         self._layout.weight_bytes,
                         self._finished_at() - started,

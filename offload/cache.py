@@ -17,21 +17,19 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moe_server.errors import MoeServerError
 from moe_server.offload.arena import Arena
 from moe_server.offload.cost import CostModel
 from moe_server.offload.layout import ExpertId, Segment
-from moe_server.offload.policy import DEFAULT_POLICY, Policy, make_policy
+from moe_server.offload.policy import DEFAULT_POLICY
 from moe_server.offload.reader import Priority, Reader, ReadTicket
+from moe_server.offload.tiers import Tier, Tiers
 
 if TYPE_CHECKING:
     import torch
-
-_EXCHANGE_BYTES = 4 * 2**20
-"""What an exchange of two experts sets aside at a time: near the caches, long enough for a link."""
 
 _DISK_SAMPLE_BYTES = 2**24
 """Reads that tell something about the disk's speed."""
@@ -53,12 +51,8 @@ class CacheCounters:
     host_hits: int = 0
     disk_reads: int = 0
     """Experts that were on their way from disk, or not even that, when they were wanted."""
-    transfer_bytes: int = 0
-    """Host to device."""
     read_bytes: int = 0
     """From disk, prefetches and what was cancelled on its way included."""
-    transfer_s: float = 0.0
-    """Spent moving experts between host memory and the device."""
     read_s: float = 0.0
     """Spent waiting for the disk."""
     prefetches: int = 0
@@ -70,29 +64,11 @@ class CacheCounters:
 
 
 @dataclass(slots=True)
-class _Tier:
-    """One tier's bookkeeping: who is where, and which places are free."""
-
-    policy: Policy
-    places: dict[ExpertId, int] = field(default_factory=dict)
-    free: list[int] = field(default_factory=list)
-
-    def put(self, expert: ExpertId, place: int, *, used: bool = True) -> None:
-        self.places[expert] = place
-        self.policy.add(expert, used=used)
-
-    def drop(self, expert: ExpertId) -> int:
-        """Forgets `expert`; the place it had is the caller's."""
-        self.policy.remove(expert)
-        return self.places.pop(expert)
-
-
-@dataclass(slots=True)
 class _Fetch:
     """An expert on its way from disk to its place."""
 
     expert: ExpertId
-    tier: _Tier
+    tier: Tier
     place: int
     ticket: ReadTicket
     predicted: bool = False
@@ -156,29 +132,28 @@ class ExpertCache:
         allow_pageable: bool = False,
     ) -> None:
         self.counters = CacheCounters()
-        self.cost = cost or CostModel(shared_memory=device == "cpu")
+        self.tiers = Tiers(
+            num_layers=num_layers,
+            num_slots=num_slots,
+            num_records=num_records,
+            stride_bytes=stride_bytes,
+            device=device,
+            policy=policy,
+            cost=cost or CostModel(shared_memory=device == "cpu"),
+            allow_pageable=allow_pageable,
+        )
         self._records = records
         self._reader = reader
         self._stride_bytes = stride_bytes
-        self._num_slots = num_slots
         on_gpu = device != "cpu"
         assert bool(num_staging) == on_gpu
-        self.host = Arena(num_records, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable)
         self._staging = Arena(
             num_staging, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable
         )
         self._free_staging = list(range(num_staging))
-        self._slots: Arena | torch.Tensor = (
-            _gpu_slots(num_slots, stride_bytes, device)
-            if on_gpu
-            else Arena(num_slots, stride_bytes)
-        )
-        self._on_device = _Tier(
-            make_policy(policy, num_slots, num_layers), free=list(range(num_slots))[::-1]
-        )
-        self._in_host = _Tier(
-            make_policy(policy, num_records, num_layers), free=list(range(num_records))[::-1]
-        )
+        self._on_device, self._in_host = self.tiers.on_device, self.tiers.in_host
+        self._in_use = self.tiers.in_use
+        """Wanted by the layer that is being computed, and not computed yet."""
         self._coming: dict[ExpertId, _Fetch] = {}
         """Reads that no `acquire` under way waits for: prefetches and what `fill` began."""
         self._leaving: list[_Fetch] = []
@@ -187,12 +162,6 @@ class ExpertCache:
         """What is still to be prefetched, the likeliest first."""
         self._soon: frozenset[ExpertId] = frozenset()
         """All that was predicted: not to be evicted for something that is wanted later."""
-        self._in_use: set[ExpertId] = set()
-        """Not to be evicted: wanted by the layer that is being computed, and not computed yet."""
-        self._demoted_unused: set[ExpertId] = set()
-        self._forgotten: dict[ExpertId, None] = {}
-        """As many as the host tier holds, the longest forgotten first: what became of them tells
-        whether demoting would have paid, while nothing is demoted."""
         self._between_s = 0.0
         self._layer_ended = 0.0
         self._disk_seen = (0, 0.0)
@@ -236,23 +205,24 @@ class ExpertCache:
         self.counters.disk_reads += len(missing) + len(under_way)
         for expert in hits:
             self._on_device.policy.touch(expert)
-        self._regret(missing)
+        self.tiers.regret(missing)
         try:
             self._start_fetches(missing, under_way)
             self._prefetch()
             for expert in hits:
-                yield self._held(expert, self._slots[self._on_device.places[expert]])
+                yield self._held(expert, self.tiers.slot_of(expert))
                 self._done_with(expert, missing, under_way)
             for expert in host_hits:
-                yield self._held(expert, self._bring_from_host(expert, num_rows[expert]))
+                self._collect_left()
+                memory, in_host = self.tiers.bring_from_host(expert, num_rows[expert])
+                yield self._held(expert, memory, in_host=in_host)
                 self._done_with(expert, missing, under_way)
             while missing or under_way:
-                unwanted = [one for one in missing if not still_wanted(one.expert)]
-                for expert in unwanted:
+                for expert in [one for one in missing if not still_wanted(one.expert)]:
                     missing.remove(expert)
                     self._in_use.discard(expert)
-                for expert in unwanted:
-                    yield Held(expert.expert, self._slots[0], iter(()), dropped=True)
+                    memory = self.tiers.memory(self._on_device, 0)
+                    yield Held(expert.expert, memory, iter(()), dropped=True)
                 self._start_fetches(missing, under_way)
                 if not under_way:
                     if missing:
@@ -326,28 +296,16 @@ class ExpertCache:
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; for tests and idle moments."""
         under_way = [*self._coming.values(), *self._leaving]
-        for tier, count in ((self._on_device, self._num_slots), (self._in_host, self.host.count)):
-            coming = [fetch.place for fetch in under_way if fetch.tier is tier]
-            places = [*tier.places.values(), *tier.free, *coming]
-            assert sorted(places) == list(range(count)), f"places of {count}: {sorted(places)}"
-            assert len(tier.policy) == len(tier.places), "policy and places disagree"
-            assert all(expert in tier.policy for expert in tier.places), (
-                "policy and places disagree"
-            )
-        twice = self._on_device.places.keys() & self._in_host.places.keys()
-        twice |= self._coming.keys() & (self._on_device.places.keys() | self._in_host.places.keys())
-        assert not twice, f"in two tiers: {twice}"
-        assert not self._in_use, f"still in use: {self._in_use}"
-        assert self._demoted_unused <= self._in_host.places.keys()
-        assert len(self._forgotten) <= self.host.count
+        self.tiers.check_integrity((fetch.tier, fetch.place) for fetch in under_way)
+        near = self._on_device.places.keys() | self._in_host.places.keys()
+        assert not self._coming.keys() & near, "in memory and on its way"
         staged = [fetch.staging for fetch in under_way if fetch.staging is not None]
         assert len(self._free_staging) + len(staged) == self._staging.count, "staging is lost"
 
     # Yielding
 
-    def _held(self, expert: ExpertId, memory: "torch.Tensor") -> Held:
-        is_in_host = expert in self._in_host.places
-        return Held(expert.expert, memory, iter((self._stride_bytes,)), in_host=is_in_host)
+    def _held(self, expert: ExpertId, memory: "torch.Tensor", *, in_host: bool = False) -> Held:
+        return Held(expert.expert, memory, iter((self._stride_bytes,)), in_host=in_host)
 
     def _held_while_arriving(
         self,
@@ -359,8 +317,7 @@ class ExpertCache:
         if fetch.staging is not None:
             memory = self._staging[fetch.staging]
         else:
-            arena = self._slots if fetch.tier is self._on_device else self.host
-            memory = arena[fetch.place]
+            memory = self.tiers.memory(fetch.tier, fetch.place)
         is_in_host = fetch.staging is not None or fetch.tier is self._in_host
         held = Held(fetch.expert.expert, memory, iter(()), in_host=is_in_host)
         held.arrivals = self._arrivals(fetch, held, under_way, still_wanted)
@@ -376,9 +333,10 @@ class ExpertCache:
         if not held.dropped:
             held.arrivals = iter((self._stride_bytes,))
             # It goes to its slot in any case; whether the rows wait for that is a matter of cost.
-            if self.cost.copy_pays(rows, self._stride_bytes):
-                self._copy(self._staging[fetch.staging], self._slots[fetch.place])
-                held.memory, held.in_host = self._slots[fetch.place], False
+            if self.tiers.cost.copy_pays(rows, self._stride_bytes):
+                held.memory = self.tiers.memory(fetch.tier, fetch.place)
+                held.in_host = False
+                self.tiers.copy(self._staging[fetch.staging], held.memory)
                 self._free_staging.append(fetch.staging)
                 fetch.staging = None
 
@@ -438,12 +396,12 @@ class ExpertCache:
             expert = missing.popleft()
             under_way.append(self._read(expert, self._on_device, place, Priority.DEMAND))
 
-    def _read(self, expert: ExpertId, tier: _Tier, place: int, priority: Priority) -> _Fetch:
+    def _read(self, expert: ExpertId, tier: Tier, place: int, priority: Priority) -> _Fetch:
         staging = None
         if tier is self._in_host:
-            arena, index = self.host, place
-        elif isinstance(self._slots, Arena):
-            arena, index = self._slots, place
+            arena, index = self.tiers.host, place
+        elif isinstance(self.tiers.slots, Arena):
+            arena, index = self.tiers.slots, place
         else:
             staging = self._free_staging.pop()
             arena, index = self._staging, staging
@@ -465,7 +423,7 @@ class ExpertCache:
         if victim is None:
             victim = self._on_device.policy.victim(incoming, keep=self._in_use)
         if victim is not None:
-            return self._evict(victim)
+            return self.tiers.evict(victim)
         self._displace()
         return self._on_device.free.pop() if self._on_device.free else None
 
@@ -494,7 +452,8 @@ class ExpertCache:
             raise
         self.counters.read_bytes += fetch.ticket.read_bytes
         if fetch.staging is not None:
-            self._copy(self._staging[fetch.staging], self._slots[fetch.place])
+            slot = self.tiers.memory(fetch.tier, fetch.place)
+            self.tiers.copy(self._staging[fetch.staging], slot)
             self._free_staging.append(fetch.staging)
         fetch.tier.put(fetch.expert, fetch.place, used=used)
 
@@ -561,7 +520,7 @@ class ExpertCache:
                     victim = self._on_device.policy.victim(expert, keep=keep)
                     if victim is None:
                         return
-                    place = self._evict(victim)
+                    place = self.tiers.evict(victim)
                 fetch = self._read(expert, self._on_device, place, Priority.PREFETCH)
                 fetch.predicted = True
                 self._coming[expert] = fetch
@@ -577,7 +536,7 @@ class ExpertCache:
         if self._staging.count and not self._free_staging:
             return False
         under_way = sum(fetch.predicted for fetch in self._coming.values())
-        disk = self.cost.disk.bytes_per_s or 0.0
+        disk = self.tiers.cost.disk.bytes_per_s or 0.0
         return under_way < max(1, round(disk * self._between_s / self._stride_bytes))
 
     def _layer_begins(self) -> None:
@@ -588,114 +547,8 @@ class ExpertCache:
             self._between_s += 0.1 * (between_s - self._between_s)
         nbytes, busy_s = self._reader.speed()
         if nbytes - self._disk_seen[0] >= _DISK_SAMPLE_BYTES:
-            self.cost.disk.observe(nbytes - self._disk_seen[0], busy_s - self._disk_seen[1])
+            self.tiers.cost.disk.observe(nbytes - self._disk_seen[0], busy_s - self._disk_seen[1])
             self._disk_seen = (nbytes, busy_s)
-
-    # Between device and host
-
-    def _bring_from_host(self, expert: ExpertId, rows: int) -> "torch.Tensor":
-        """Where to compute an expert of the host tier: there, or on the device."""
-        if expert in self._demoted_unused:
-            self._demoted_unused.discard(expert)
-            self.cost.observe_fate(used=True)
-        if self.cost.copy_pays(rows, self._stride_bytes):
-            slot = self._promote(expert)
-            if slot is not None:
-                self.cost.copied += 1
-                return self._slots[slot]
-        self.cost.computed_in_place += 1
-        self._in_host.policy.touch(expert)
-        return self.host[self._in_host.places[expert]]
-
-    def _promote(self, expert: ExpertId) -> int | None:
-        """Host record -> slot; what was in the slot takes the record, as tiers are exclusive."""
-        self._collect_left()
-        if self._on_device.free:
-            slot = self._on_device.free.pop()
-            record = self._in_host.drop(expert)
-            self._copy(self.host[record], self._slots[slot])
-            self._in_host.free.append(record)
-        else:
-            victim = self._on_device.policy.victim(expert, keep=self._in_use)
-            if victim is None:
-                return None
-            slot = self._on_device.drop(victim)
-            record = self._in_host.drop(expert)
-            self._exchange(self.host[record], self._slots[slot])
-            self._in_host.put(victim, record)
-            self._demoted_unused.add(victim)
-        self._on_device.put(expert, slot)
-        return slot
-
-    def _evict(self, expert: ExpertId) -> int:
-        """Takes an expert off the device: to the host tier if that pays, else it is forgotten."""
-        slot = self._on_device.drop(expert)
-        if self.host.count and self.cost.demotion_pays(self._stride_bytes):
-            self._demote(expert, slot)
-        else:
-            self._forget(expert)
-        return slot
-
-    def _forget(self, expert: ExpertId) -> None:
-        self.cost.forgotten += 1
-        if self.host.count:
-            self._forgotten.pop(expert, None)  # a prefetch may have brought it back unregretted
-            self._forgotten[expert] = None
-            if len(self._forgotten) > self.host.count:
-                del self._forgotten[next(iter(self._forgotten))]
-                self.cost.observe_fate(used=False)
-
-    def _regret(self, missing: Iterable[ExpertId]) -> None:
-        """What is wanted again so soon would have been in the host tier still."""
-        for expert in missing:
-            if expert in self._forgotten:
-                del self._forgotten[expert]
-                self.cost.observe_fate(used=True)
-
-    def _demote(self, expert: ExpertId, slot: int) -> None:
-        if not self._in_host.free:
-            evicted = self._in_host.policy.victim(expert, keep=self._in_use)
-            if evicted is None:
-                self.cost.forgotten += 1
-                return
-            if evicted in self._demoted_unused:
-                self._demoted_unused.discard(evicted)
-                self.cost.observe_fate(used=False)
-            self._in_host.free.append(self._in_host.drop(evicted))
-        record = self._in_host.free.pop()
-        self._copy(self._slots[slot], self.host[record], counted=False)
-        self._in_host.put(expert, record, used=False)
-        self._demoted_unused.add(expert)
-        self.cost.demoted += 1
-
-    def _copy(
-        self, source: "torch.Tensor", target: "torch.Tensor", *, counted: bool = True
-    ) -> None:
-        started = time.perf_counter()
-        target.copy_(source)  # blocks on CUDA too: both sides may be reused as soon as it returns
-        elapsed = time.perf_counter() - started
-        self.counters.transfer_s += elapsed
-        self.counters.transfer_bytes += self._stride_bytes if counted else 0
-        self.cost.copy.observe(self._stride_bytes, elapsed)
-
-    def _exchange(self, record: "torch.Tensor", slot: "torch.Tensor") -> None:
-        """Swaps two experts, piece by piece: a full host tier has no record to set one aside."""
-        started = time.perf_counter()
-        for start in range(0, self._stride_bytes, _EXCHANGE_BYTES):
-            piece = slice(start, start + _EXCHANGE_BYTES)
-            aside = slot[piece].clone()
-            slot[piece].copy_(record[piece])
-            record[piece].copy_(aside)
-        elapsed = time.perf_counter() - started
-        self.counters.transfer_s += elapsed
-        self.counters.transfer_bytes += self._stride_bytes
-        self.cost.copy.observe(2 * self._stride_bytes, elapsed)
-
-
-def _gpu_slots(count: int, stride_bytes: int, device: str) -> "torch.Tensor":
-    import torch  # noqa: PLC0415  the CPU's arenas are being filled before torch is there
-
-    return torch.empty(count, stride_bytes, dtype=torch.uint8, device=device)
 
 
 def _first_done(under_way: Sequence[_Fetch]) -> _Fetch:

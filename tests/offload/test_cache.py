@@ -80,7 +80,7 @@ class Tickets(Reader):
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch) -> None:
     """Experts change places in more than one piece, the last one shorter."""
-    monkeypatch.setattr("moe_server.offload.cache._EXCHANGE_BYTES", 5000)
+    monkeypatch.setattr("moe_server.offload.tiers._EXCHANGE_BYTES", 5000)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def tell(cache: ExpertCache) -> tuple[int, ...]:
         counters.device_hits,
         counters.host_hits,
         counters.disk_reads,
-        counters.transfer_bytes,
+        cache.tiers.counters.transfer_bytes,
     )
 
 
@@ -153,7 +153,7 @@ def acquire(cache: ExpertCache, shards: Shards, layer: int, experts: list[int]) 
     hits = wanted & on_device(cache)
     host_hits = wanted & in_host(cache)
     misses = len(wanted) - len(hits) - len(host_hits)
-    before, copied = tell(cache), cache.cost.copied
+    before, copied = tell(cache), cache.tiers.cost.copied
     yielded = []
     for held in cache.acquire(layer, experts):
         arrived = list(held.arrivals)
@@ -167,7 +167,7 @@ def acquire(cache: ExpertCache, shards: Shards, layer: int, experts: list[int]) 
     assert {ExpertId(layer, expert) for expert in yielded[: len(hits)]} == hits
     assert sorted(yielded) == sorted(experts), "each expert once"
     cache.check_integrity()
-    moved = (cache.cost.copied - copied) * STRIDE_BYTES
+    moved = (cache.tiers.cost.copied - copied) * STRIDE_BYTES
     expected = (len(hits), len(host_hits), misses, moved)
     assert tuple(now - then for now, then in zip(tell(cache), before, strict=True)) == expected
 
@@ -191,7 +191,7 @@ def test_every_slot_holds_its_expert_when_it_is_yielded(
     for _ in range(60):
         acquire(cache, shards, *some_experts(choose))
         for expert, place in cache._in_host.places.items():
-            shards.assert_in(cache.host[place], expert)
+            shards.assert_in(cache.tiers.host[place], expert)
     # Full: nothing is evicted before there is need.
     assert len(on_device(cache)) == num_slots
     assert cache.counters.read_bytes == cache.counters.disk_reads * RECORD_BYTES
@@ -202,7 +202,7 @@ def test_every_slot_holds_its_expert_when_it_is_yielded(
 def test_predictions_right_or_wrong_change_no_result(shards, reader, num_slots, num_records, seed):
     prices = (COPY, IN_PLACE, FORGET)[seed]
     cache = make_cache(shards, reader, num_slots, num_records, prices)
-    cache.cost.disk.observe(2**30, 1.0)
+    cache.tiers.cost.disk.observe(2**30, 1.0)
     choose = random.Random(seed)
     for number in range(150):
         layer = number % NUM_LAYERS

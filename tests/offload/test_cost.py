@@ -101,7 +101,7 @@ def test_an_engine_with_split_memory_measures_and_chooses(tmp_path, prices):
         "host_memory": 8 * plan.slot_bytes,
     }
     with running_engine(path, **budgets) as engine:
-        cost = engine.cache.cost = prices(shared_memory=False)
+        cost = engine.cache.tiers.cost = prices(shared_memory=False)
         answers = [token_ids(events) for events in run(engine, requests)]
     assert answers == expected
     assert cost.on_host

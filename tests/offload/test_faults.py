@@ -85,7 +85,7 @@ def make_book(shards: Shards) -> ChecksumBook:
 
 @pytest.fixture
 def shards(tmp_path, monkeypatch) -> Shards:
-    monkeypatch.setattr("moe_server.offload.cache._EXCHANGE_BYTES", 5000)
+    monkeypatch.setattr("moe_server.offload.tiers._EXCHANGE_BYTES", 5000)
     return Shards(tmp_path)
 
 
@@ -102,7 +102,7 @@ def make_cache(shards, reader, sizes, prices, num_staging=0) -> ExpertCache:
         reader=reader,
         cost=prices,
     )
-    cache.cost.disk.observe(2**30, 1.0)
+    cache.tiers.cost.disk.observe(2**30, 1.0)
     return cache
 
 
@@ -113,7 +113,7 @@ def pretend_gpu(monkeypatch) -> None:
     def slots(count, stride_bytes, _device):
         return torch.empty(count, stride_bytes, dtype=torch.uint8)
 
-    monkeypatch.setattr("moe_server.offload.cache._gpu_slots", slots)
+    monkeypatch.setattr("moe_server.offload.tiers._gpu_slots", slots)
     monkeypatch.setattr("moe_server.offload.arena._register", lambda *_: None)
 
 
@@ -224,7 +224,7 @@ def assert_usable(cache: ExpertCache, shards: Shards, reader: Reader) -> None:
     assert not cache._coming
     assert not cache._leaving
     assert len(cache._free_staging) == cache._staging.count
-    assert len(cache._on_device.places) == min(cache._num_slots, len(EXPERTS))
+    assert len(cache._on_device.places) == min(cache.tiers._num_slots, len(EXPERTS))
 
 
 SIZES = [(1, 0), (2, 3), (4, 1), (5, 4), (3, 7), (7, 1)]
