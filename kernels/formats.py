@@ -72,7 +72,7 @@ class MatrixLayout:
         """Columns as stored: whole groups in the integer formats."""
         if not self.format.is_integer:
             return self.columns
-        return _round_up(self.columns, self.group_columns)
+        return round_up(self.columns, self.group_columns)
 
     @property
     def num_groups(self) -> int:
@@ -98,7 +98,7 @@ class MatrixLayout:
         if self.format is WeightFormat.INT8:
             return self.scales_offset + BLOCK_ROWS * 4
         if self.format is WeightFormat.INT4:
-            return _round_up(self.zeros_offset + self.num_groups * BLOCK_ROWS, _ALIGN_BYTES)
+            return round_up(self.zeros_offset + self.num_groups * BLOCK_ROWS, _ALIGN_BYTES)
         return self.columns * self.format.itemsize
 
     @property
@@ -106,5 +106,6 @@ class MatrixLayout:
         return self.num_blocks * self.block_bytes
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple, from `value` on."""
     return -(-value // multiple) * multiple

@@ -17,6 +17,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -247,8 +248,8 @@ class ExpertCache:
     def predict(self, layer: int, experts: Iterable[int]) -> None:
         """Names what a later layer will probably want, the likeliest first.
 
-        They are read when no demand read waits, within a budget of what the disk brings in the time
-        of one layer, and only into places whose experts are wanted later.
+        They are read behind all demand reads, within a budget of what the disk brings between two
+        layers, and only into places of experts that are neither in use nor named here.
         """
         self._predicted = deque(ExpertId(layer, expert) for expert in experts)
         self._soon = frozenset(self._predicted)
@@ -417,15 +418,20 @@ class ExpertCache:
 
     def _make_room(self, incoming: ExpertId) -> int | None:
         """A slot for an expert that is wanted now, by eviction if need be; None: all are in use."""
+        place = self._slot_for(incoming, keep=self._in_use | self._soon)
+        if place is None:
+            place = self._slot_for(incoming, keep=self._in_use)
+        if place is None:
+            self._displace()
+            place = self._on_device.free.pop() if self._on_device.free else None
+        return place
+
+    def _slot_for(self, incoming: ExpertId, keep: AbstractSet[ExpertId]) -> int | None:
+        """A free slot, or that of the expert that the policy gives up; None: all are in `keep`."""
         if self._on_device.free:
             return self._on_device.free.pop()
-        victim = self._on_device.policy.victim(incoming, keep=self._in_use | self._soon)
-        if victim is None:
-            victim = self._on_device.policy.victim(incoming, keep=self._in_use)
-        if victim is not None:
-            return self.tiers.evict(victim)
-        self._displace()
-        return self._on_device.free.pop() if self._on_device.free else None
+        victim = self._on_device.policy.victim(incoming, keep=keep)
+        return None if victim is None else self.tiers.evict(victim)
 
     def _displace(self) -> None:
         """What comes without being wanted yet gives way: the last first, predictions before all.
@@ -513,14 +519,9 @@ class ExpertCache:
             expert = self._predicted[0]
             if not self._is_near(expert):
                 self._collect_left()
-                if self._on_device.free:
-                    place = self._on_device.free.pop()
-                else:
-                    keep = self._in_use | self._soon
-                    victim = self._on_device.policy.victim(expert, keep=keep)
-                    if victim is None:
-                        return
-                    place = self.tiers.evict(victim)
+                place = self._slot_for(expert, keep=self._in_use | self._soon)
+                if place is None:
+                    return
                 fetch = self._read(expert, self._on_device, place, Priority.PREFETCH)
                 fetch.predicted = True
                 self._coming[expert] = fetch

@@ -10,7 +10,7 @@ Knows no files, no torch and no model names; everything in `offload` builds on i
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
+from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat, round_up
 
 PAGE_BYTES = 4096
 """Alignment of records, so that a slot can be the target of an O_DIRECT read."""
@@ -62,7 +62,7 @@ class RecordLayout:
 
     @property
     def w2_offset(self) -> int:
-        return _round_up(2 * self.w13.nbytes, _MATRIX_ALIGN_BYTES)
+        return round_up(2 * self.w13.nbytes, _MATRIX_ALIGN_BYTES)
 
     @property
     def weight_bytes(self) -> int:
@@ -72,7 +72,7 @@ class RecordLayout:
     @property
     def stride_bytes(self) -> int:
         """Bytes from one record to the next in an arena and in a packed store: whole pages."""
-        return _round_up(self.w2_offset + self.w2.nbytes, PAGE_BYTES)
+        return round_up(self.w2_offset + self.w2.nbytes, PAGE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,3 @@ class Segment:
     nbytes: int
     record_offset: int
     """Where in the record they belong."""
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
