@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ceilings
+from benchmarks.checkout import ROOT
 from benchmarks.child import Child, ChildFailedError, can_cap, drop_page_cache, running
 from benchmarks.contenders import Contender, contenders
 from benchmarks.environments import LLAMA_CPP, PEERS, EnvironmentUnavailableError, python_of
@@ -22,7 +23,6 @@ from benchmarks.models import MODELS, ModelFolder, ModelUnavailableError
 from benchmarks.summary import Sample
 from moe_server.budget import available_memory_bytes, usable_cores
 
-ROOT = Path(__file__).parents[1]
 START_TIMEOUT_S = 900
 WORK_TIMEOUT_S = 600
 QUICK_S = 200

@@ -5,7 +5,7 @@ memory's bandwidth, and M * 2 operations a weight at the CPU's rate. Few rows ar
 first, many by the second. The bandwidth is measured beside every product, over other bytes; torch's
 `F.linear` in bfloat16 likewise. Buffers are larger than any cache and used in turn.
 
-    python benchmarks/kernels.py [--threads 2]          QUICK=1: fewer repetitions, below a minute
+    python -m benchmarks.kernels [--threads 2]          QUICK=1: fewer repetitions, below a minute
 
 Prints a table and one JSON line.
 """
@@ -16,7 +16,6 @@ import mmap
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,6 +28,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 import torch
 import torch.nn.functional as F
 
+from benchmarks import checkout
 from moe_server.kernels import native
 from moe_server.kernels.experts import ExpertRun
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
@@ -74,7 +74,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "kernels",
-                "commit": commit(),
+                "commit": checkout.commit(),
                 "hardware": hardware(threads),
                 "ceilings": {"memory_gb_per_s": statistics.median(bandwidths)},
                 "results": results,
@@ -194,13 +194,6 @@ def hardware(threads: int) -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.machine()
     return f"{name}, {native.instruction_set()}, {threads} threads"
-
-
-def commit() -> str:
-    """The checkout's commit."""
-    root = Path(__file__).parents[1]
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -22,19 +22,18 @@ import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ceilings, summary
-from benchmarks.bench import ROOT, Bench
+from benchmarks import ceilings, checkout, summary
+from benchmarks.bench import Bench
 from benchmarks.child import can_cap
 from benchmarks.contenders import OURS
 from benchmarks.loads import FULL_LOADS, LOADS, QUICK_LOADS
 from moe_server.budget import usable_cores
 
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = checkout.ROOT / "benchmarks/results"
 REPETITIONS = 3
 FOLDER = "/var/tmp/moe-bench"  # noqa: S108  a cache: large, and kept over restarts
 MAX_GB = "45"
@@ -75,13 +74,7 @@ def _report(bench: Bench) -> None:
         print(row)
     for place, reason in bench.unavailable.items():
         print(f"no result: {place}: {reason}")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = checkout.commit()
     probes = bench.disk_bytes_per_s or [0.0]
     found = summary.results(samples)
     line = {

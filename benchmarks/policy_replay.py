@@ -14,13 +14,13 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks import checkout
 from benchmarks.policy_simulator import Belady, LookAhead, Replayed, replay
 from benchmarks.traces import Trace, recorded, synthetic
 from moe_server.offload.layout import ExpertId
@@ -171,12 +171,7 @@ def main() -> None:
     print("\nmicroseconds per acquire at batch 1, half held (layers x experts)")
     for name, cost in costs.items():
         print(f"{name:22}", cost)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = checkout.commit()
     line = {
         "bench": "policy",
         "commit": commit,

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import checkout
 from benchmarks.ceilings import disk_bytes_per_s, memory_bytes_per_s
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import Checkpoint, read_checkpoint
@@ -166,12 +167,7 @@ def _report(measured: dict[str, list[Measured]], checkpoint: Checkpoint) -> None
             f"{median['decode_tokens_per_s']:8.2f}  {read / 1e6:7.0f} MB "
             f"{expected[name] / 1e6:7.0f} MB  {limit}"
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    commit = checkout.commit()
     line = {
         "bench": "residency",
         "commit": commit,
