@@ -1,7 +1,7 @@
 """The cache's order of calls without its bytes: drives a policy as `ExpertCache.acquire` does.
 
-Experts are resident or not; a read arrives when it is waited for, oldest first, as on a disk that
-is slower than everything else. tests/offload/test_policy_replay.py holds simulator and cache to the
+Experts are resident or not; a read arrives when it is waited for, and then the next one begins: as
+on a disk that is slower than everything else. tests/offload/test_policy_replay.py holds simulator and cache to the
 same hits and misses. What only a replay can have is here too: policies that know the future.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from benchmarks.traces import Trace
-from moe_server.offload.cache import MOST_UNDER_WAY
 from moe_server.offload.layout import ExpertId
 from moe_server.offload.policy import Policy
 from moe_server.offload.policy_quotas import Quotas
@@ -32,7 +31,7 @@ class Simulator:
         max_reads: Reads under way at most.
     """
 
-    def __init__(self, policy: Policy, capacity: int, max_reads: int = MOST_UNDER_WAY) -> None:
+    def __init__(self, policy: Policy, capacity: int, max_reads: int = 1) -> None:
         self.policy = policy
         self.hits = 0
         self.misses = 0
@@ -101,7 +100,7 @@ class Replayed:
 
 
 def replay(
-    trace: Trace, policy: Policy, capacity: int, max_reads: int = MOST_UNDER_WAY
+    trace: Trace, policy: Policy, capacity: int, max_reads: int = 1
 ) -> Replayed:
     """Replays a trace from an empty tier."""
     simulator = Simulator(policy, capacity, max_reads)

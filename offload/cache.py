@@ -36,9 +36,13 @@ _DISK_SAMPLE_BYTES = 2**24
 """Reads that tell something about the disk's speed."""
 
 MOST_UNDER_WAY = 2
-"""Demand reads at once. One keeps the disk busy with its blocks, the next takes over at its end;
-more would take places before experts of this layer have left theirs: replayed with 4 layers in
-batches of 8, starting all at once reads 22 % more."""
+"""Demand reads at once. One keeps the disk busy with its blocks, the next begins when the disk
+would run out of them (`_runs_dry`): a read that begins earlier brings nothing sooner, and its place
+is taken from an expert. Replayed with 4 layers in batches of 8, starting all at once reads 22 %
+more."""
+
+_LOOK_MEMORY = 0.9
+"""How much of the longest time between two looks at the disk is left at the next look."""
 
 _POLL_S = 0.01
 """How often a wait for the disk looks whether anybody still wants what it waits for."""
@@ -165,6 +169,9 @@ class ExpertCache:
         """All that was predicted: not to be evicted for something that is wanted later."""
         self._between_s = 0.0
         self._layer_ended = 0.0
+        self._looked = 0.0
+        self._look_s = 0.0
+        """The longest time between two looks at the disk, older ones counting less."""
         self._disk_seen = (0, 0.0)
 
     def acquire(
@@ -208,8 +215,8 @@ class ExpertCache:
             self._on_device.policy.touch(expert)
         self.tiers.regret(missing)
         try:
-            self._start_fetches(missing, under_way)
-            self._prefetch()
+            self._looked = time.perf_counter()
+            self._keep_reading(missing, under_way)
             for expert in hits:
                 yield self._held(expert, self.tiers.slot_of(expert))
                 self._done_with(expert, missing, under_way)
@@ -224,13 +231,15 @@ class ExpertCache:
                     self._in_use.discard(expert)
                     memory = self.tiers.memory(self._on_device, 0)
                     yield Held(expert.expert, memory, iter(()), dropped=True)
-                self._start_fetches(missing, under_way)
+                self._keep_reading(missing, under_way)
                 if not under_way:
                     if missing:
                         self._await_one_that_leaves()
                     continue
                 fetch = _first_done(under_way)
-                held = self._held_while_arriving(fetch, under_way, num_rows, still_wanted)
+                held = self._held_while_arriving(
+                    fetch, missing, under_way, num_rows, still_wanted
+                )
                 yield held
                 under_way.remove(fetch)
                 if held.dropped:
@@ -311,7 +320,8 @@ class ExpertCache:
     def _held_while_arriving(
         self,
         fetch: _Fetch,
-        under_way: Sequence[_Fetch],
+        missing: deque[ExpertId],
+        under_way: list[_Fetch],
         num_rows: Mapping[ExpertId, int],
         still_wanted: Callable[[int], bool],
     ) -> Held:
@@ -321,7 +331,7 @@ class ExpertCache:
             memory = self.tiers.memory(fetch.tier, fetch.place)
         is_in_host = fetch.staging is not None or fetch.tier is self._in_host
         held = Held(fetch.expert.expert, memory, iter(()), in_host=is_in_host)
-        held.arrivals = self._arrivals(fetch, held, under_way, still_wanted)
+        held.arrivals = self._arrivals(fetch, held, missing, under_way, still_wanted)
         if fetch.staging is not None:
             self._take_from_staging(fetch, held, num_rows[fetch.expert])
         return held
@@ -345,7 +355,8 @@ class ExpertCache:
         self,
         fetch: _Fetch,
         held: Held,
-        under_way: Sequence[_Fetch],
+        missing: deque[ExpertId],
+        under_way: list[_Fetch],
         still_wanted: Callable[[int], bool],
     ) -> Iterator[int]:
         arrived = now = 0
@@ -357,6 +368,7 @@ class ExpertCache:
             except MoeServerError as error:
                 held.error = error
             self.counters.read_s += time.perf_counter() - started
+            self._keep_reading(missing, under_way)
             for other in under_way:
                 if other is not fetch and not still_wanted(other.expert.expert):
                     other.ticket.cancel()
@@ -375,15 +387,27 @@ class ExpertCache:
     ) -> None:
         """The caller has computed `expert`: its place may be given to another."""
         self._in_use.discard(expert)
-        self._start_fetches(missing, under_way)
-        if not missing:
-            self._prefetch()
+        self._keep_reading(missing, under_way)
 
     # From disk
 
+    def _keep_reading(self, missing: deque[ExpertId], under_way: list[_Fetch]) -> None:
+        """A look at the disk: gives it something to read if it would run out of that."""
+        now = time.perf_counter()
+        self._look_s = max(now - self._looked, self._look_s * _LOOK_MEMORY)
+        self._looked = now
+        self._start_fetches(missing, under_way)
+        if not missing and self._runs_dry(under_way):
+            self._prefetch()
+
+    def _runs_dry(self, under_way: Sequence[_Fetch]) -> bool:
+        """True where the disk will have begun all of these reads before the next look at it."""
+        queued_bytes = sum(fetch.ticket.queued_bytes for fetch in under_way)
+        return queued_bytes <= (self.tiers.cost.disk.bytes_per_s or 0.0) * self._look_s
+
     def _start_fetches(self, missing: deque[ExpertId], under_way: list[_Fetch]) -> None:
-        """Starts fetching as many of `missing`, in order, as there are places for."""
-        while missing and len(under_way) < MOST_UNDER_WAY:
+        """Starts fetching `missing`, in order, as the disk needs work and there are places."""
+        while missing and len(under_way) < MOST_UNDER_WAY and self._runs_dry(under_way):
             self._collect_left()
             if self._staging.count and not self._free_staging:
                 if under_way:

@@ -95,6 +95,11 @@ class ReadTicket:
             size for size, arrived in zip(self._sizes, self._arrived, strict=True) if arrived
         )
 
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that no thread has begun to read."""
+        return len(self.pending) * self._sizes[0] if self.pending else 0
+
     def cancel(self) -> None:
         """Drops what is not being read yet; `wait` before the target is used for anything else."""
         self._reader.drop(self)

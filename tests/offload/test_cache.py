@@ -109,6 +109,13 @@ class Prices(CostModel):
         return self.answers[1]
 
 
+class Constant(Speed):
+    """A speed that nothing observed changes."""
+
+    def observe(self, nbytes, seconds):
+        pass
+
+
 COPY, IN_PLACE = Prices(copy=True, demote=True), Prices(copy=False, demote=True)
 FORGET = Prices(copy=False, demote=False)
 
@@ -340,8 +347,13 @@ def test_a_read_that_nobody_wants_any_more_leaves_the_queue(shards, reader, monk
     acquire(cache, shards, 0, [0, 2, 3])
 
 
+FAST = Constant(1e15)
+"""The speed of a disk that runs out of work at once: the next read begins before the last ends."""
+
+
 def test_a_read_leaves_the_queue_while_another_is_waited_for(shards, reader, monkeypatch):
-    cache = make_cache(shards, reader, num_slots=5, num_records=0)
+    prices = CostModel(shared_memory=True, disk=FAST)
+    cache = make_cache(shards, reader, num_slots=5, num_records=0, prices=prices)
     gate, asked = Gate(monkeypatch), []
 
     def still_wanted(expert):
@@ -372,13 +384,6 @@ def test_tiers_that_hold_all_experts_together_read_each_once(
     for _ in range(60):
         acquire(cache, shards, *some_experts(choose))
     assert cache.counters.disk_reads == TOTAL
-
-
-class Constant(Speed):
-    """A speed that nothing observed changes."""
-
-    def observe(self, nbytes, seconds):
-        pass
 
 
 def test_a_scan_that_used_nothing_twice_does_not_end_demotion_for_good(shards, reader):

@@ -26,6 +26,7 @@ class Ticket:
 
     done = complete = False
     read_bytes = 0
+    queued_bytes = PAGE_BYTES
 
     def wait(self) -> None:
         pass
