@@ -159,8 +159,10 @@ class NextVisit:
             if given is None:
                 continue
             if layer == incoming.layer:
-                # The layer before the first (-1) is the last.
-                passing = self._layers[layer - 1].least_likely(keep)
+                # The layer before the first (-1) is the last. Of one that was never visited, but
+                # filled ahead of the first prompt, nothing is known to be unlikely.
+                before = self._layers[layer - 1]
+                passing = before.least_likely(keep) if before.num_visits else None
                 if passing and passing[0] < PASS_ON_BELOW * given[0]:
                     return passing[1]
             return given[1]

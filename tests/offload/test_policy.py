@@ -295,3 +295,17 @@ def test_a_slot_passes_on_from_a_rare_expert_of_the_layer_before():
     policy.touch(ExpertId(0, 0))
     assert policy.victim(ExpertId(1, 2), keep=()) == ExpertId(0, 1)
     assert policy.victim(ExpertId(1, 2), keep={ExpertId(0, 1)}) == ExpertId(1, 0)
+
+
+def test_next_visit_takes_nothing_from_a_layer_that_was_filled_and_never_visited():
+    policy = make_policy("next-visit", 6, num_layers=2)
+    for layer in (0, 1):
+        for expert in range(3):
+            policy.add(ExpertId(layer, expert), used=False)
+    for expert in range(3):
+        policy.touch(ExpertId(0, expert))
+    for expert in range(3, 8):
+        victim = policy.victim(ExpertId(0, expert), keep=())
+        assert victim.layer == 0
+        policy.remove(victim)
+        policy.add(ExpertId(0, expert))
