@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_server.offload.layout import PAGE_BYTES
+from moe_server.offload.pages import touch
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class OpenFile:
         """
         aligned = (offset | nbytes | address) % PAGE_BYTES == 0
         if aligned or not self.direct:
+            touch(address, nbytes)
             target = (ctypes.c_char * nbytes).from_address(address)
             self._fill(memoryview(target), offset, nbytes)
         else:

@@ -5,7 +5,13 @@ sandbox that has no `madvise` for them) serves small ones. Knows nothing of what
 """
 
 import contextlib
+import ctypes
 import mmap
+
+from moe_server.kernels.formats import round_up
+
+_HUGE_BYTES = 2**21
+"""Of a huge page on x86 and, with 4 KiB pages, on ARM."""
 
 
 def map_pages(size: int) -> mmap.mmap:
@@ -22,3 +28,15 @@ def map_pages(size: int) -> mmap.mmap:
     with contextlib.suppress(OSError):
         mapping.madvise(mmap.MADV_DONTFORK)
     return mapping
+
+
+def touch(address: int, nbytes: int) -> None:
+    """Has the kernel provide memory that is about to be overwritten; destroys what is in it.
+
+    A system call that meets missing pages holds the lock of the whole address space while it clears
+    them, and every `mmap` of another thread waits for it: an import, for example. A fault of the
+    program itself locks one mapping only.
+    """
+    first_page = round_up(address, _HUGE_BYTES)
+    for start in (address, *range(first_page, address + nbytes, _HUGE_BYTES)):
+        ctypes.memset(start, 0, 1)  # releases the GIL
