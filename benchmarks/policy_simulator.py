@@ -1,8 +1,9 @@
 """The cache's order of calls without its bytes: drives a policy as `ExpertCache.acquire` does.
 
 Experts are resident or not; a read arrives when it is waited for, and then the next one begins: as
-on a disk that is slower than everything else. tests/offload/test_policy_replay.py holds simulator and cache to the
-same hits and misses. What only a replay can have is here too: policies that know the future.
+on a disk that is slower than everything else. tests/offload/test_policy_replay.py holds simulator
+and cache to the same hits and misses. What only a replay can have is here too: policies that know
+the future.
 """
 
 import sys
@@ -99,9 +100,7 @@ class Replayed:
         return self.misses / self.num_tokens
 
 
-def replay(
-    trace: Trace, policy: Policy, capacity: int, max_reads: int = 1
-) -> Replayed:
+def replay(trace: Trace, policy: Policy, capacity: int, max_reads: int = 1) -> Replayed:
     """Replays a trace from an empty tier."""
     simulator = Simulator(policy, capacity, max_reads)
     warm = int(len(trace.calls) * WARM_UP)

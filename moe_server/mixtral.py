@@ -56,6 +56,26 @@ class Output:
     """(1, rows, vocabulary)."""
 
 
+class Linear(nn.Linear):
+    """Without bias and without initial values.
+
+    On the meta device torch imports 800 modules to draw them, a second of a cold start.
+    """
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights to whoever loads them."""
+
+
+class Embedding(nn.Embedding):
+    """Without initial values, as `Linear`."""
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights to whoever loads them."""
+
+
 class RmsNorm(nn.Module):
     """Computed in float32, rounded before it is scaled."""
 
@@ -98,10 +118,10 @@ class Attention(nn.Module):
         self._sliding_window = sliding_window
         hidden, query = checkpoint.hidden_size, checkpoint.num_heads * head_dim
         key_value = checkpoint.num_kv_heads * head_dim
-        self.q_proj = nn.Linear(hidden, query, bias=False)
-        self.k_proj = nn.Linear(hidden, key_value, bias=False)
-        self.v_proj = nn.Linear(hidden, key_value, bias=False)
-        self.o_proj = nn.Linear(query, hidden, bias=False)
+        self.q_proj = Linear(hidden, query)
+        self.k_proj = Linear(hidden, key_value)
+        self.v_proj = Linear(hidden, key_value)
+        self.o_proj = Linear(query, hidden)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ragged_batch: RaggedBatch
@@ -192,7 +212,7 @@ class Body(nn.Module):
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
         super().__init__()
         eps, window = config.get("rms_norm_eps", DEFAULT_EPS), config.get("sliding_window")
-        self.embed_tokens = nn.Embedding(checkpoint.vocab_size, checkpoint.hidden_size)
+        self.embed_tokens = Embedding(checkpoint.vocab_size, checkpoint.hidden_size)
         self.layers = nn.ModuleList(
             Layer(checkpoint, layer, eps, window) for layer in range(checkpoint.num_layers)
         )
@@ -211,7 +231,7 @@ class Mixtral(nn.Module):
         super().__init__()
         with torch.device("meta"):
             self.model = Body(checkpoint, config)
-            self.lm_head = nn.Linear(checkpoint.hidden_size, checkpoint.vocab_size, bias=False)
+            self.lm_head = Linear(checkpoint.hidden_size, checkpoint.vocab_size)
         self.to(getattr(torch, checkpoint.dtype))
         theta = _rope(config).get("rope_theta", DEFAULT_ROPE_THETA)
         self._rotary = Rotary(checkpoint.head_dim, float(theta))

@@ -237,9 +237,7 @@ class ExpertCache:
                         self._await_one_that_leaves()
                     continue
                 fetch = _first_done(under_way)
-                held = self._held_while_arriving(
-                    fetch, missing, under_way, num_rows, still_wanted
-                )
+                held = self._held_while_arriving(fetch, missing, under_way, num_rows, still_wanted)
                 yield held
                 under_way.remove(fetch)
                 if held.dropped:
