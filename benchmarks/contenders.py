@@ -75,7 +75,7 @@ def _llama_cpp(name: str, model: str, load_mode: str, *, repack: bool) -> Conten
 
 
 def _ours(cap_bytes: int | None, _scratch: Path) -> dict[str, Any]:
-    """The whole cap, of which the runner takes RUNTIME_BYTES off: what `serve` accepts in a cgroup.
+    """The whole cap, of which the runner takes the runtime off: what `serve` accepts in a cgroup.
 
     No margin beside: at half of the model's size 0.35 GB of a cap of 1.73 GB were never used.
     """

@@ -20,6 +20,9 @@ from moe_server.offload.layout import PAGE_BYTES
 RUNTIME_BYTES = 290 * 2**20
 """The engine process before it holds any of the model: 264 MiB of imports (torch 2.13, transformers
 5.23, deepspeed 0.19.8) and what its allocator keeps."""
+PLAIN_RUNTIME_BYTES = 192 * 2**20
+"""The same where torch is all that is imported: 153 MiB. (A quarter of a gigabyte of shared
+libraries is mapped besides, of which the kernel keeps what it has room for.)"""
 
 READ_BLOCK_BYTES = 8 * 2**20
 """The largest single read. Each reading thread owns one buffer of this size."""
@@ -57,6 +60,8 @@ class MemoryPlan:
     num_experts_total: int
     num_blocks: int
     """KV cache blocks."""
+    runtime_bytes: int
+    """The engine process without the model; in no budget, but in the machine."""
     max_request_tokens: int
     """Most tokens of prompt and completion together that one request may have."""
 
@@ -124,7 +129,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     slot = checkpoint.record_layout.stride_bytes
     total = len(checkpoint.experts)
     minimum = dense + kv + workspace + slot
-    budget = _device_budget(config, minimum, minimum + (total - 1) * slot)
+    budget = _device_budget(config, checkpoint, minimum, minimum + (total - 1) * slot)
     if budget < minimum:
         raise MoeServerError(
             f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense "
@@ -159,8 +164,15 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
         expert_bytes=checkpoint.record_layout.weight_bytes,
         num_experts_total=total,
         num_blocks=num_blocks,
+        runtime_bytes=runtime_bytes(config, checkpoint),
         max_request_tokens=max_request,
     )
+
+
+def runtime_bytes(config: Config, checkpoint: Checkpoint) -> int:
+    """What the engine process takes in memory before it holds any of the model."""
+    is_light = config.dense_backend == "resident" and checkpoint.is_plain
+    return PLAIN_RUNTIME_BYTES if is_light else RUNTIME_BYTES
 
 
 def check_room(plan: MemoryPlan, config: Config) -> None:
@@ -170,12 +182,13 @@ def check_room(plan: MemoryPlan, config: Config) -> None:
         MoeServerError: It would be killed or swap later; says by how much to lower which budget.
     """
     in_ram = plan.fixed_bytes + plan.slots_bytes if config.device == "cpu" else 0
-    needed = in_ram + plan.records_bytes + RUNTIME_BYTES
+    needed = in_ram + plan.records_bytes + plan.runtime_bytes
     available = available_memory_bytes()
     if needed > available:
         raise MoeServerError(
-            f"The budgets need {format_bytes(needed)} of memory ({format_bytes(RUNTIME_BYTES)} of "
-            f"it the Python runtime), but only {format_bytes(available)} are available here.",
+            f"The budgets need {format_bytes(needed)} of memory "
+            f"({format_bytes(plan.runtime_bytes)} of it the Python runtime), "
+            f"but only {format_bytes(available)} are available here.",
             f"Lower device_memory or host_memory by {needed - available} bytes, raise the cgroup's "
             "limit, or end other programs.",
             reason=Reason.EXHAUSTED,
@@ -273,7 +286,7 @@ def _refuse_unserved_format(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _device_budget(config: Config, minimum: int, everything: int) -> int:
+def _device_budget(config: Config, checkpoint: Checkpoint, minimum: int, everything: int) -> int:
     if config.device_memory == "min":
         return minimum
     if config.device_memory is not None:
@@ -284,7 +297,7 @@ def _device_budget(config: Config, minimum: int, everything: int) -> int:
             "Give --device-memory, for example 24GiB.",
             field="device_memory",
         )
-    free = available_memory_bytes() - RUNTIME_BYTES - config.host_memory
+    free = available_memory_bytes() - runtime_bytes(config, checkpoint) - config.host_memory
     return min(everything, max(minimum, int(0.9 * free)))
 
 

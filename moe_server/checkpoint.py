@@ -28,6 +28,7 @@ from moe_server.packed import (
     read_manifest,
     record_name,
 )
+from moe_server.plain_mixtral import is_plain
 from moe_server.safetensors_file import TensorLocation, read_header
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -76,6 +77,8 @@ class Checkpoint:
 
     path: Path
     architecture: str
+    is_plain: bool
+    """Whether `mixtral` serves it; otherwise transformers' module does."""
     stored: StoreFormat
     """How its weights are stored; a plain checkpoint's all have its dtype."""
     vocab_size: int
@@ -204,6 +207,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         architecture=architecture,
+        is_plain=is_plain(config),
         stored=stored,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],

@@ -2,8 +2,8 @@
 
 Importing transformers' own takes 3 s and 100 MB on a small machine and its layers cost more Python
 than this; both count where a server starts cold or decodes one token at a time. Operation for
-operation the same, so results are equal bit for bit: `model` takes this module where `is_plain`
-says so and transformers' for everything else, and tests hold the two together. Knows no requests;
+operation the same, so results are equal bit for bit: `model` takes this module where the checkpoint
+is plain and transformers' for everything else, and tests hold the two together. Knows no requests;
 the attention and the experts are `model`'s.
 
 Shape legend: T tokens of the step, H hidden size, D size of an attention head.
@@ -19,33 +19,7 @@ from torch import nn
 
 from moe_server.attention import RaggedBatch, paged_attention
 from moe_server.checkpoint import Checkpoint
-
-DEFAULT_ROPE_THETA = 1e6
-DEFAULT_EPS = 1e-5
-
-
-def is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json describes what this module computes; it says nothing of sizes."""
-    rope = _rope(config)
-    numbers = (rope.get("rope_theta", 1.0), config.get("rms_norm_eps", DEFAULT_EPS))
-    return (
-        config.get("model_type") == "mixtral"
-        and config.get("hidden_act", "silu") == "silu"
-        and rope.keys() <= {"rope_theta", "rope_type", "type"}
-        and rope.get("rope_type", rope.get("type", "default")) == "default"
-        and all(type(number) in (int, float) and number > 0 for number in numbers)
-        and not config.get("attention_bias")
-        and not config.get("quantization_config")
-    )
-
-
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes rope_parameters; before, rope_theta stood alone.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        return {"unknown": rope}
-    theta = config.get("rope_theta")
-    return {**({} if theta is None else {"rope_theta": theta}), **rope}
+from moe_server.plain_mixtral import DEFAULT_EPS, DEFAULT_ROPE_THETA, rope_parameters
 
 
 @dataclass(frozen=True)
@@ -223,8 +197,8 @@ class Mixtral(nn.Module):
     """The model; built without storage, parameters by transformers' names.
 
     Args:
-        checkpoint: Its sizes.
-        config: Its config.json, one that `is_plain`.
+        checkpoint: Its sizes; one that `is_plain`.
+        config: Its config.json.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -233,7 +207,7 @@ class Mixtral(nn.Module):
             self.model = Body(checkpoint, config)
             self.lm_head = Linear(checkpoint.hidden_size, checkpoint.vocab_size)
         self.to(getattr(torch, checkpoint.dtype))
-        theta = _rope(config).get("rope_theta", DEFAULT_ROPE_THETA)
+        theta = rope_parameters(config).get("rope_theta", DEFAULT_ROPE_THETA)
         self._rotary = Rotary(checkpoint.head_dim, float(theta))
         self._is_tied = "lm_head.weight" not in checkpoint.dense
 

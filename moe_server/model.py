@@ -31,7 +31,7 @@ from moe_server.kernels.formats import MatrixLayout
 from moe_server.kernels.products import Activations, prepare
 from moe_server.kernels.routing import combine, plan_routing
 from moe_server.kv_cache import PagedKv
-from moe_server.mixtral import Mixtral, is_plain
+from moe_server.mixtral import Mixtral
 from moe_server.offload.cache import Held
 from moe_server.offload.prefetch import LookAhead
 from moe_server.weights import Weights
@@ -394,7 +394,7 @@ def _build_module(
     checkpoint: Checkpoint, config: dict[str, Any], device: torch.device
 ) -> nn.Module:
     """The model without storage: ours for a plain Mixtral, transformers' for everything else."""
-    if is_plain(config):
+    if checkpoint.is_plain:
         return Mixtral(checkpoint, config).eval()
     # Imported only where it is needed: it takes longer than all else that the engine imports.
     from moe_server.transformers_module import build_module  # noqa: PLC0415

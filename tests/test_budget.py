@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -42,6 +43,7 @@ def make_checkpoint(
     return Checkpoint(
         path=Path("model"),
         architecture="MixtralForCausalLM",
+        is_plain=True,
         stored=StoreFormat(dtype, dtype, GROUP_COLUMNS),
         vocab_size=vocab,
         hidden_size=hidden,
@@ -198,7 +200,7 @@ def test_without_a_budget_it_takes_all_experts_or_most_of_what_is_free(monkeypat
 def test_check_room_says_by_how_much_to_lower_the_budget(monkeypatch):
     config = make_config(device_memory=GIB, host_memory=0)
     plan = plan_memory(config, make_checkpoint())
-    needed = plan.fixed_bytes + plan.slots_bytes + plan.records_bytes + budget.RUNTIME_BYTES
+    needed = plan.fixed_bytes + plan.slots_bytes + plan.records_bytes + plan.runtime_bytes
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed)
     check_room(plan, config)
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed - 4321)
@@ -214,12 +216,26 @@ def test_check_room_counts_what_a_gpu_holds_as_the_gpu_s(monkeypatch):
     config = make_config(device="cuda", device_memory=GIB, host_memory=10**6)
     plan = plan_memory(config, make_checkpoint())
     assert plan.records_bytes > 0
-    needed = plan.records_bytes + budget.RUNTIME_BYTES
+    needed = plan.records_bytes + plan.runtime_bytes
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed)
     check_room(plan, config)
     monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed - 1)
     with pytest.raises(MoeServerError):
         check_room(plan, config)
+
+
+@pytest.mark.parametrize(
+    ("dense_backend", "is_plain", "runtime"),
+    [
+        ("resident", True, budget.PLAIN_RUNTIME_BYTES),
+        ("resident", False, budget.RUNTIME_BYTES),
+        ("zero3", True, budget.RUNTIME_BYTES),
+    ],
+)
+def test_the_runtime_is_small_where_torch_is_all_that_is_imported(dense_backend, is_plain, runtime):
+    config = make_config(device_memory=GIB, dense_backend=dense_backend)
+    checkpoint = replace(make_checkpoint(), is_plain=is_plain)
+    assert plan_memory(config, checkpoint).runtime_bytes == runtime
 
 
 # What the kernel says

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from moe_server.json_file import read_json
-from moe_server.mixtral import Mixtral, is_plain
+from moe_server.mixtral import Mixtral
+from moe_server.plain_mixtral import is_plain
 from tests.driver import greedy, run, running_engine
 from tests.tiny import Tiny, edit_config
 
@@ -36,7 +37,7 @@ def answers(path: Path, *, ours: bool) -> list[list[tuple[int, float | None]]]:
 def test_it_equals_transformers_bit_for_bit(name, tmp_path, monkeypatch):
     path = PLAIN[name].write(tmp_path)
     ours = answers(path, ours=True)
-    monkeypatch.setattr("moe_server.model.is_plain", lambda _config: False)
+    monkeypatch.setattr("moe_server.checkpoint.is_plain", lambda _config: False)
     assert ours == answers(path, ours=False)
 
 

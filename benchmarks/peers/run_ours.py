@@ -13,7 +13,7 @@ from pathlib import Path
 
 from session import Prompts, serve, session
 
-from moe_server.budget import RUNTIME_BYTES, plan_memory
+from moe_server.budget import plan_memory, runtime_bytes
 from moe_server.checkpoint import read_checkpoint
 from moe_server.config import load_config
 from moe_server.engine_process import SWITCH_INTERVAL_S
@@ -31,10 +31,11 @@ def main() -> None:
         "max_total_tokens": job["max_total_tokens"],
         "threads": job["threads"],
     }
-    if options["memory_bytes"] is not None:
-        flags["device_memory"] = options["memory_bytes"] - RUNTIME_BYTES
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(Path(job["model"]))
+    if options["memory_bytes"] is not None:
+        device_memory = options["memory_bytes"] - runtime_bytes(config, checkpoint)
+        config = config.model_copy(update={"device_memory": device_memory})
     plan = plan_memory(config, checkpoint)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
