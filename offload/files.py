@@ -124,13 +124,33 @@ class OpenFiles:
 
 
 def _open(path: Path) -> OpenFile:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    descriptor = _open_direct(path)
+    is_direct = descriptor is not None
+    if descriptor is None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         # No read-ahead: it would bring pages after they were dropped, for good.
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        return OpenFile(descriptor, direct=False, size=os.fstat(descriptor).st_size)
-    return OpenFile(descriptor, direct=True, size=os.fstat(descriptor).st_size)
+    return OpenFile(descriptor, direct=is_direct, size=os.fstat(descriptor).st_size)
+
+
+def _open_direct(path: Path) -> int | None:
+    """A descriptor that bypasses the page cache; None where the file system has no such reads.
+
+    Some refuse to open the file, others the first read, or any that is not aligned to more than a
+    page.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            return None
+        raise
+    try:
+        with mmap.mmap(-1, PAGE_BYTES) as page:
+            os.readv(descriptor, [page])
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            os.close(descriptor)
+            return None
+        # Another failure of the first page is for whoever reads it.
+    return descriptor

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import gc
 import mmap
 import os
@@ -789,6 +790,34 @@ def can_open_direct(path: Path) -> bool:
         assert error.errno == errno.EINVAL
         return False
     return True
+
+
+def test_a_file_system_that_refuses_direct_reads_once_it_is_open_is_read_buffered(
+    file, monkeypatch
+):
+    real = os.readv
+
+    def readv(descriptor, buffers):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, buffers)
+
+    monkeypatch.setattr(os, "readv", readv)
+    with running_reader() as reader:
+        read(reader, [Segment(file, 5, 3 * CHUNK_BYTES, 0)], target := Target())
+        target.holds(CONTENT[5 : 5 + 3 * CHUNK_BYTES], 0)
+        assert reader.buffered_files == 1
+
+
+def test_a_first_page_that_cannot_be_read_is_its_readers_failure(file, monkeypatch):
+    def readv(_descriptor, _buffers):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "readv", readv)
+    with running_reader() as reader:
+        read(reader, [Segment(file, PAGE_BYTES, 100, 0)], target := Target())
+        target.holds(CONTENT[PAGE_BYTES : PAGE_BYTES + 100], 0)
+        assert reader.buffered_files == 0
 
 
 def test_a_buffered_file_is_told_of(file, monkeypatch):
