@@ -274,7 +274,7 @@ class ExpertCache:
             tier = next((tier for tier in tiers if tier.free), None)
             if tier is None:
                 return
-            self._coming[expert] = self._read(expert, tier, tier.free.pop(), Priority.PREFETCH)
+            self._coming[expert] = self._read(expert, tier, tier.free.pop(), Priority.PRELOAD)
 
     @property
     def coming_bytes(self) -> int:

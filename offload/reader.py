@@ -2,7 +2,8 @@
 
 A read is cut into blocks that all threads share: one large record uses the whole queue depth, its
 bytes can be used from the front while the rest is on its way, and a cancelled one stops within a
-block. Demand reads go before prefetches; a prefetch that turns out to be wanted is promoted.
+block. Demand reads go before prefetches, and those before the preload of a start; a read that turns
+out to be wanted is promoted.
 
 Knows files and addresses, no experts. `checkpoint` says which ranges make a record; `cache` waits.
 """
@@ -37,6 +38,8 @@ class Priority(IntEnum):
     """Somebody waits for it."""
     PREFETCH = 1
     """Somebody may want it."""
+    PRELOAD = 2
+    """Nobody is served yet, or somebody is who needs only some of it: it may use the whole disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ class ReadTicket:
         self._reader.drop(self)
 
     def promote(self) -> None:
-        """Makes a prefetch a demand read."""
+        """Makes it a demand read."""
         self._reader.promote(self)
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -169,7 +172,7 @@ class ReadCounters:
 
 
 class Reader:
-    """Two queues of reads and the threads that serve them.
+    """Queues of reads and the threads that serve them.
 
     Args:
         num_threads: Most blocks in flight.
@@ -302,7 +305,7 @@ class Reader:
         if in_flight >= self.depth:
             return None
         for priority, queue in self._queues.items():
-            most = self.depth if priority is Priority.DEMAND else _PREFETCH_DEPTH
+            most = _PREFETCH_DEPTH if priority is Priority.PREFETCH else self.depth
             if not queue or self._in_flight[priority] >= most:
                 continue
             ticket = queue[0]

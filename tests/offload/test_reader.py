@@ -472,6 +472,21 @@ def test_two_blocks_of_prefetches_are_all_that_a_demand_read_finds_before_it(fil
     targets[0].holds(CONTENT[: 3 * CHUNK_BYTES], 0)
 
 
+def test_a_preload_uses_the_whole_depth_and_goes_last(file, monkeypatch):
+    gate, targets = Gate(monkeypatch), [Target() for _ in range(3)]
+    with running_reader(num_threads=3) as reader:
+        submit_blocks(reader, file, 3, 0, Priority.PRELOAD, targets[0])
+        for _ in range(3):
+            gate.await_call()
+        submit_blocks(reader, file, 1, 2, Priority.PRELOAD, targets[0])
+        submit_blocks(reader, file, 1, 3, Priority.PREFETCH, targets[1])
+        submit_blocks(reader, file, 1, 4, Priority.DEMAND, targets[2])
+        reader.depth = 1  # so that the order of beginning shows
+        gate.opened.set()
+    assert sorted(gate.offsets[:3]) == blocks_of(3)
+    assert gate.offsets[3:] == [*blocks_of(1, 4), *blocks_of(1, 3), *blocks_of(1, 2)]
+
+
 def test_a_promoted_prefetch_overtakes_the_others(file, monkeypatch):
     gate, targets = Gate(monkeypatch), [Target(), Target()]
     with running_reader(num_threads=1) as reader:
