@@ -35,6 +35,10 @@ CPU_KERNELS = Extension(
     optional=True,
 )
 
+# The language of the GPU's kernels. CUDA builds of torch bring it along; tests need no GPU for it.
+# There are wheels for Linux only.
+TRITON = "triton>=3.6; sys_platform == 'linux'"
+
 setup(
     name="moe-server",
     version=VERSION[1],
@@ -76,6 +80,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        "gpu": [TRITON],
         "dev": [
             "grpcio-tools==1.76.0",
             "hypothesis>=6.100",
@@ -85,6 +90,7 @@ setup(
             "pytest-asyncio>=1.0",
             "pytest-timeout>=2.3",
             "ruff>=0.15",
+            TRITON,
             "types-grpcio>=1.0",
             "types-protobuf>=6.0",
             "types-PyYAML>=6.0",
