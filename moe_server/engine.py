@@ -26,7 +26,7 @@ from moe_server.messages import (
     TokenEvent,
 )
 from moe_server.model import Model, StepInput
-from moe_server.offload.cache import CacheCounters
+from moe_server.offload.counters import CacheCounters
 from moe_server.offload.tiers import MoveCounters
 from moe_server.sampler import Sampled, sample
 from moe_server.scheduler import Scheduled, Scheduler

@@ -13,7 +13,6 @@ not what is computed with them. (The form of the caller's loop, hits first and t
 arrive, is that of dvmazur/mixtral-offloading.)
 """
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,10 +23,12 @@ from typing import TYPE_CHECKING
 from moe_server.errors import MoeServerError
 from moe_server.offload.arena import Arena
 from moe_server.offload.cost import CostModel
+from moe_server.offload.counters import CacheCounters
+from moe_server.offload.fetches import Fetch, Fetches
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.policy import DEFAULT_POLICY
-from moe_server.offload.reader import Priority, Reader, ReadTicket
-from moe_server.offload.tiers import Tier, Tiers
+from moe_server.offload.reader import Priority, Reader
+from moe_server.offload.tiers import Tiers
 
 if TYPE_CHECKING:
     import torch
@@ -46,40 +47,6 @@ _LOOK_MEMORY = 0.9
 
 _POLL_S = 0.01
 """How often a wait for the disk looks whether anybody still wants what it waits for."""
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """What `acquire` found and what it cost, since the start. Times are waits, in seconds."""
-
-    device_hits: int = 0
-    host_hits: int = 0
-    disk_reads: int = 0
-    """Experts that were on their way from disk, or not even that, when they were wanted."""
-    read_bytes: int = 0
-    """From disk, prefetches and what was cancelled on its way included."""
-    read_s: float = 0.0
-    """Spent waiting for the disk."""
-    prefetches: int = 0
-    """Reads that were begun on a prediction."""
-    prefetch_hits: int = 0
-    """Those of them that were wanted."""
-    cancelled: int = 0
-    """Reads given up on their way: wrong predictions, and requests that left."""
-
-
-@dataclass(slots=True)
-class _Fetch:
-    """An expert on its way from disk to its place."""
-
-    expert: ExpertId
-    tier: Tier
-    place: int
-    ticket: ReadTicket
-    predicted: bool = False
-    """True while only a prediction wants it."""
-    staging: int | None = None
-    """The pinned record that the read goes through, where slots are out of its reach."""
 
 
 @dataclass(slots=True)
@@ -147,22 +114,16 @@ class ExpertCache:
             cost=cost or CostModel(shared_memory=device == "cpu"),
             allow_pageable=allow_pageable,
         )
-        self._records = records
         self._reader = reader
         self._stride_bytes = stride_bytes
         on_gpu = device != "cpu"
         assert bool(num_staging) == on_gpu
-        self._staging = Arena(
-            num_staging, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable
-        )
-        self._free_staging = list(range(num_staging))
+        staging = Arena(num_staging, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable)
+        self._fetches = Fetches(records, self.tiers, reader, self.counters, staging)
+        self._coming = self._fetches.coming
         self._on_device, self._in_host = self.tiers.on_device, self.tiers.in_host
         self._in_use = self.tiers.in_use
         """Wanted by the layer that is being computed, and not computed yet."""
-        self._coming: dict[ExpertId, _Fetch] = {}
-        """Reads that no `acquire` under way waits for: prefetches and what `fill` began."""
-        self._leaving: list[_Fetch] = []
-        """Cancelled reads whose place a thread may still be writing to."""
         self._predicted: deque[ExpertId] = deque()
         """What is still to be prefetched, the likeliest first."""
         self._soon: frozenset[ExpertId] = frozenset()
@@ -221,7 +182,7 @@ class ExpertCache:
                 yield self._held(expert, self.tiers.slot_of(expert))
                 self._done_with(expert, missing, under_way)
             for expert in host_hits:
-                self._collect_left()
+                self._fetches.collect_left()
                 memory, in_host = self.tiers.bring_from_host(expert, num_rows[expert])
                 yield self._held(expert, memory, in_host=in_host)
                 self._done_with(expert, missing, under_way)
@@ -234,7 +195,7 @@ class ExpertCache:
                 self._keep_reading(missing, under_way)
                 if not under_way:
                     if missing:
-                        self._await_one_that_leaves()
+                        self._fetches.await_one_that_leaves()
                     continue
                 fetch = _first_done(under_way)
                 held = self._held_while_arriving(fetch, missing, under_way, num_rows, still_wanted)
@@ -242,14 +203,14 @@ class ExpertCache:
                 under_way.remove(fetch)
                 if held.dropped:
                     # No prefetch either: those who would want it may be gone.
-                    self._abandon([fetch])
+                    self._fetches.abandon([fetch])
                     self._in_use.discard(fetch.expert)
                 else:
-                    self._finish(fetch)
+                    self._fetches.finish(fetch)
                     self._done_with(fetch.expert, missing, under_way)
         finally:
             self._in_use.clear()
-            self._abandon(under_way)
+            self._fetches.abandon(under_way)
             self._layer_ended = time.perf_counter()
 
     def predict(self, layer: int, experts: Iterable[int]) -> None:
@@ -270,11 +231,14 @@ class ExpertCache:
         for expert in experts:
             if self._is_near(expert):
                 continue
-            tiers = (self._in_host,) if self._staging.count else (self._on_device, self._in_host)
+            reached = (self._on_device, self._in_host)
+            tiers = reached[1:] if self._fetches.need_staging else reached
             tier = next((tier for tier in tiers if tier.free), None)
             if tier is None:
                 return
-            self._coming[expert] = self._read(expert, tier, tier.free.pop(), Priority.PRELOAD)
+            self._coming[expert] = self._fetches.start(
+                expert, tier, tier.free.pop(), Priority.PRELOAD
+            )
 
     @property
     def coming_bytes(self) -> int:
@@ -293,7 +257,7 @@ class ExpertCache:
         begun = list(self._coming.values())
         for number, fetch in enumerate(begun):
             fetch.ticket.wait()
-            self._finish(self._coming.pop(fetch.expert), used=False)
+            self._fetches.finish(self._coming.pop(fetch.expert), used=False)
             progress((number + 1) * self._stride_bytes)
 
     def close(self) -> None:
@@ -303,12 +267,9 @@ class ExpertCache:
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; for tests and idle moments."""
-        under_way = [*self._coming.values(), *self._leaving]
-        self.tiers.check_integrity((fetch.tier, fetch.place) for fetch in under_way)
+        self._fetches.check_integrity()
         near = self._on_device.places.keys() | self._in_host.places.keys()
         assert not self._coming.keys() & near, "in memory and on its way"
-        staged = [fetch.staging for fetch in under_way if fetch.staging is not None]
-        assert len(self._free_staging) + len(staged) == self._staging.count, "staging is lost"
 
     # Yielding
 
@@ -317,44 +278,38 @@ class ExpertCache:
 
     def _held_while_arriving(
         self,
-        fetch: _Fetch,
+        fetch: Fetch,
         missing: deque[ExpertId],
-        under_way: list[_Fetch],
+        under_way: list[Fetch],
         num_rows: Mapping[ExpertId, int],
         still_wanted: Callable[[int], bool],
     ) -> Held:
-        if fetch.staging is not None:
-            memory = self._staging[fetch.staging]
-        else:
-            memory = self.tiers.memory(fetch.tier, fetch.place)
         is_in_host = fetch.staging is not None or fetch.tier is self._in_host
+        memory = self._fetches.memory(fetch)
         held = Held(fetch.expert.expert, memory, iter(()), in_host=is_in_host)
         held.arrivals = self._arrivals(fetch, held, missing, under_way, still_wanted)
         if fetch.staging is not None:
             self._take_from_staging(fetch, held, num_rows[fetch.expert])
         return held
 
-    def _take_from_staging(self, fetch: _Fetch, held: Held, rows: int) -> None:
+    def _take_from_staging(self, fetch: Fetch, held: Held, rows: int) -> None:
         """On a GPU the record is copied from its staging memory, or computed there."""
-        assert fetch.staging is not None
         for _ in held.arrivals:
             pass
         if not held.dropped:
             held.arrivals = iter((self._stride_bytes,))
             # It goes to its slot in any case; whether the rows wait for that is a matter of cost.
             if self.tiers.cost.copy_pays(rows, self._stride_bytes):
-                held.memory = self.tiers.memory(fetch.tier, fetch.place)
+                self._fetches.copy_to_place(fetch)
+                held.memory = self._fetches.memory(fetch)
                 held.in_host = False
-                self.tiers.copy(self._staging[fetch.staging], held.memory)
-                self._free_staging.append(fetch.staging)
-                fetch.staging = None
 
     def _arrivals(
         self,
-        fetch: _Fetch,
+        fetch: Fetch,
         held: Held,
         missing: deque[ExpertId],
-        under_way: list[_Fetch],
+        under_way: list[Fetch],
         still_wanted: Callable[[int], bool],
     ) -> Iterator[int]:
         arrived = now = 0
@@ -381,7 +336,7 @@ class ExpertCache:
                 yield arrived
 
     def _done_with(
-        self, expert: ExpertId, missing: deque[ExpertId], under_way: list[_Fetch]
+        self, expert: ExpertId, missing: deque[ExpertId], under_way: list[Fetch]
     ) -> None:
         """The caller has computed `expert`: its place may be given to another."""
         self._in_use.discard(expert)
@@ -389,7 +344,7 @@ class ExpertCache:
 
     # From disk
 
-    def _keep_reading(self, missing: deque[ExpertId], under_way: list[_Fetch]) -> None:
+    def _keep_reading(self, missing: deque[ExpertId], under_way: list[Fetch]) -> None:
         """A look at the disk: gives it something to read if it would run out of that."""
         now = time.perf_counter()
         self._look_s = max(now - self._looked, self._look_s * _LOOK_MEMORY)
@@ -398,40 +353,26 @@ class ExpertCache:
         if not missing and self._runs_dry(under_way):
             self._prefetch()
 
-    def _runs_dry(self, under_way: Sequence[_Fetch]) -> bool:
+    def _runs_dry(self, under_way: Sequence[Fetch]) -> bool:
         """True where the disk will have begun all of these reads before the next look at it."""
         queued_bytes = sum(fetch.ticket.queued_bytes for fetch in under_way)
         return queued_bytes <= (self.tiers.cost.disk.bytes_per_s or 0.0) * self._look_s
 
-    def _start_fetches(self, missing: deque[ExpertId], under_way: list[_Fetch]) -> None:
+    def _start_fetches(self, missing: deque[ExpertId], under_way: list[Fetch]) -> None:
         """Starts fetching `missing`, in order, as the disk needs work and there are places."""
         while missing and len(under_way) < MOST_UNDER_WAY and self._runs_dry(under_way):
-            self._collect_left()
-            if self._staging.count and not self._free_staging:
+            self._fetches.collect_left()
+            if self._fetches.lack_staging:
                 if under_way:
                     return
                 self._displace()
-                if not self._free_staging:
+                if self._fetches.lack_staging:
                     return
             place = self._make_room(missing[0])
             if place is None:
                 return
             expert = missing.popleft()
-            under_way.append(self._read(expert, self._on_device, place, Priority.DEMAND))
-
-    def _read(self, expert: ExpertId, tier: Tier, place: int, priority: Priority) -> _Fetch:
-        staging = None
-        if tier is self._in_host:
-            arena, index = self.tiers.host, place
-        elif isinstance(self.tiers.slots, Arena):
-            arena, index = self.tiers.slots, place
-        else:
-            staging = self._free_staging.pop()
-            arena, index = self._staging, staging
-        ticket = self._reader.submit(
-            self._records[expert], arena.address(index), priority, owner=arena
-        )
-        return _Fetch(expert, tier, place, ticket, staging=staging)
+            under_way.append(self._fetches.start(expert, self._on_device, place, Priority.DEMAND))
 
     def _is_near(self, expert: ExpertId) -> bool:
         """True where an expert is in memory or on its way there."""
@@ -461,74 +402,30 @@ class ExpertCache:
         One at a time: it may be a block's time before its place is free.
         """
         coming = [fetch for fetch in self._coming.values() if fetch.tier is self._on_device]
-        if coming and not any(fetch.tier is self._on_device for fetch in self._leaving):
+        if coming and not any(fetch.tier is self._on_device for fetch in self._fetches.leaving):
             last = max(reversed(coming), key=lambda fetch: fetch.predicted)
-            self._give_up(self._coming.pop(last.expert))
-            self._collect_left()
-
-    def _await_one_that_leaves(self) -> None:
-        """Waits, not for long, for a read that was given up to leave its place."""
-        with contextlib.suppress(MoeServerError):
-            self._leaving[0].ticket.wait(_POLL_S)
-
-    def _finish(self, fetch: _Fetch, *, used: bool = True) -> None:
-        """Enters an expert that has arrived; on failure its places are free again."""
-        try:
-            fetch.ticket.wait()
-        except MoeServerError:
-            self._free(fetch)
-            raise
-        self.counters.read_bytes += fetch.ticket.read_bytes
-        if fetch.staging is not None:
-            slot = self.tiers.memory(fetch.tier, fetch.place)
-            self.tiers.copy(self._staging[fetch.staging], slot)
-            self._free_staging.append(fetch.staging)
-        fetch.tier.put(fetch.expert, fetch.place, used=used)
-
-    def _give_up(self, fetch: _Fetch) -> None:
-        """Cancels a read; its place is free once no thread writes to it any more."""
-        fetch.ticket.cancel()
-        self.counters.cancelled += fetch.ticket.error is None
-        self._leaving.append(fetch)
-
-    def _collect_left(self) -> None:
-        for fetch in [one for one in self._leaving if one.ticket.done]:
-            self._leaving.remove(fetch)
-            self._free(fetch)
-
-    def _free(self, fetch: _Fetch) -> None:
-        self.counters.read_bytes += fetch.ticket.read_bytes
-        fetch.tier.free.append(fetch.place)
-        if fetch.staging is not None:
-            self._free_staging.append(fetch.staging)
-
-    def _abandon(self, under_way: Sequence[_Fetch]) -> None:
-        """Gives up fetches that nobody waits for; keeps what had arrived."""
-        for fetch in under_way:
-            if fetch.ticket.complete:
-                self._finish(fetch)
-            else:
-                self._give_up(fetch)
+            self._fetches.give_up(self._coming.pop(last.expert))
+            self._fetches.collect_left()
 
     # Ahead of the need
 
     def _settle(self, layer: int, wanted: Mapping[ExpertId, int]) -> None:
         """Takes in what has come; gives up what was predicted for this layer and is not wanted."""
-        self._collect_left()
+        self._fetches.collect_left()
         self._predicted = deque(expert for expert in self._predicted if expert.layer != layer)
         self._soon = frozenset(expert for expert in self._soon if expert.layer != layer)
         for fetch in list(self._coming.values()):
             if fetch.ticket.done and not fetch.ticket.complete:
                 # It failed. Who wants it now is owed a read of its own.
-                self._give_up(self._coming.pop(fetch.expert))
+                self._fetches.give_up(self._coming.pop(fetch.expert))
             elif fetch.expert in wanted:
                 continue
             elif fetch.ticket.complete:
-                self._finish(self._coming.pop(fetch.expert), used=False)
+                self._fetches.finish(self._coming.pop(fetch.expert), used=False)
             elif fetch.predicted and fetch.expert.layer == layer:
-                self._give_up(self._coming.pop(fetch.expert))
+                self._fetches.give_up(self._coming.pop(fetch.expert))
 
-    def _claim(self, expert: ExpertId) -> _Fetch:
+    def _claim(self, expert: ExpertId) -> Fetch:
         """A prefetch that turns out to be wanted."""
         fetch = self._coming.pop(expert)
         self.counters.prefetch_hits += fetch.predicted
@@ -540,11 +437,11 @@ class ExpertCache:
         while self._predicted and self._may_prefetch():
             expert = self._predicted[0]
             if not self._is_near(expert):
-                self._collect_left()
+                self._fetches.collect_left()
                 place = self._slot_for(expert, keep=self._in_use | self._soon)
                 if place is None:
                     return
-                fetch = self._read(expert, self._on_device, place, Priority.PREFETCH)
+                fetch = self._fetches.start(expert, self._on_device, place, Priority.PREFETCH)
                 fetch.predicted = True
                 self._coming[expert] = fetch
                 self.counters.prefetches += 1
@@ -556,7 +453,7 @@ class ExpertCache:
         More would bring no byte sooner, and takes places of experts that are wanted again: with 8
         of 32 experts held, batches of 8 read 22 % more where a whole layer's time was filled.
         """
-        if self._staging.count and not self._free_staging:
+        if self._fetches.lack_staging:
             return False
         under_way = sum(fetch.predicted for fetch in self._coming.values())
         disk = self.tiers.cost.disk.bytes_per_s or 0.0
@@ -574,6 +471,6 @@ class ExpertCache:
             self._disk_seen = (nbytes, busy_s)
 
 
-def _first_done(under_way: Sequence[_Fetch]) -> _Fetch:
+def _first_done(under_way: Sequence[Fetch]) -> Fetch:
     """The first fetch that has arrived, else the oldest: reads are served in order."""
     return next((fetch for fetch in under_way if fetch.ticket.complete), under_way[0])

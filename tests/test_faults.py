@@ -473,14 +473,14 @@ def test_reads_that_only_the_one_who_left_wanted_leave_the_queue(shards, disk):
 
 def watched_reads(engine):
     """Tickets of the experts that are read from now on, by (layer, expert)."""
-    tickets, real = {}, engine.cache._read
+    tickets, real = {}, engine.cache._fetches.start
 
     def reading(expert, *args):
         fetch = real(expert, *args)
         tickets[expert.layer, expert.expert] = fetch.ticket
         return fetch
 
-    engine.cache._read = reading
+    engine.cache._fetches.start = reading
     return tickets
 
 

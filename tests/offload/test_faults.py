@@ -197,7 +197,7 @@ def assert_arrives(held, layer, shards, wishes, seen) -> None:
 
 def settle(cache: ExpertCache) -> None:
     """Waits for all that is under way, whatever becomes of it."""
-    for fetch in (*cache._coming.values(), *cache._leaving):
+    for fetch in (*cache._coming.values(), *cache._fetches.leaving):
         with contextlib.suppress(MoeServerError):
             fetch.ticket.wait(WAIT_S)
         assert fetch.ticket.done, "a read never ended: a thread is dead"
@@ -222,8 +222,8 @@ def assert_usable(cache: ExpertCache, shards: Shards, reader: Reader) -> None:
         pass
     cache.check_integrity()
     assert not cache._coming
-    assert not cache._leaving
-    assert len(cache._free_staging) == cache._staging.count
+    assert not cache._fetches.leaving
+    assert not cache._fetches.lack_staging
     assert len(cache._on_device.places) == min(cache.tiers._num_slots, len(EXPERTS))
 
 
