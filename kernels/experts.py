@@ -7,6 +7,7 @@ I intermediate size.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
 from moe_server.kernels.products import Activations, are_compiled, linear, swiglu_rows
 from moe_server.kernels.quantised import linear_by_dequantising
+
+Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 _DTYPES = {
     WeightFormat.FLOAT32: torch.float32,
@@ -28,7 +31,7 @@ def swiglu(
     *,
     intermediate_size: int,
     w2_offset: int,
-    activation: Callable[[torch.Tensor], torch.Tensor],
+    activation: Activation,
 ) -> torch.Tensor:
     """w2 @ (activation(w1 @ x) * (w3 @ x)), row by row.
 
@@ -52,11 +55,12 @@ def swiglu(
 
 
 class ExpertRun:
-    """An expert with SiLU over its rows, advanced as the bytes of its record arrive.
+    """An expert over its rows, advanced as the bytes of its record arrive.
 
     The record is read from its start: w1, w3, then w2. Every whole row block is computed once, as
     soon as its bytes are there; how they arrived changes no bit of the output. Where no kernel
-    serves the format or the device, all is computed when the last byte has arrived, by torch.
+    serves the format, the device or the activation, all is computed when the last byte has
+    arrived, by torch.
 
     Args:
         x: M rows, prepared for `w13`.
@@ -65,6 +69,7 @@ class ExpertRun:
         w2: Layout of w2.
         w3_offset: Byte offset of w3.
         w2_offset: Byte offset of w2, behind w3.
+        activation: Of the gate; kernels serve SiLU, and integer formats know no other.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class ExpertRun:
         w2: MatrixLayout,
         w3_offset: int,
         w2_offset: int,
+        activation: Activation = F.silu,
     ) -> None:
         assert w13.columns == w2.rows
         assert w13.rows == w2.columns
@@ -84,7 +90,8 @@ class ExpertRun:
         self._w2 = w2
         self._w2_end = w2_offset + w2.nbytes
         self._record = record
-        self._is_compiled = are_compiled(w13.format, record.device)
+        self._activation = activation
+        self._is_compiled = activation is F.silu and are_compiled(w13.format, record.device)
         self._output = torch.empty(x.num_rows, w2.rows, dtype=x.dtype, device=record.device)
         self._is_complete = False
         if self._is_compiled:
@@ -133,7 +140,7 @@ class ExpertRun:
                 self._record,
                 intermediate_size=self._w13.rows,
                 w2_offset=self._w2_offset,
-                activation=F.silu,
+                activation=self._activation,
             )
             self._output = output.to(x.dtype)
             return
@@ -142,7 +149,7 @@ class ExpertRun:
             weights = self._record[offset : offset + self._w13.nbytes]
             linear_by_dequantising(x, weights, self._w13, out)
         w2 = self._record[self._w2_offset : self._w2_end]
-        linear_by_dequantising(F.silu(gate) * up, w2, self._w2, self._output)
+        linear_by_dequantising(self._activation(gate) * up, w2, self._w2, self._output)
 
 
 class _Part:

@@ -5,7 +5,8 @@ without one, `is_available` is false and callers compute with torch. Knows bytes
 activations and no experts: `products.py` calls it. It imports nothing of ours but the layouts.
 
 Results are the same bit for bit for every instruction set and every number of threads. Shape
-legend: M rows of activations, K columns, N rows of the matrix, G groups.
+legend: M rows of activations, K columns, N rows of the matrix, G groups; in routing T tokens, H
+hidden size, E experts, K experts per token.
 """
 
 import ctypes
@@ -23,7 +24,10 @@ INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
 ENVIRONMENT_VARIABLE = "MOE_SERVER_KERNELS"
 """Set to an instruction set, or to `torch` for none of ours, it overrides what the CPU offers."""
 
-_ABI_VERSION = 2
+MOST_EXPERTS = 256
+"""Of a layer, for the routing functions."""
+
+_ABI_VERSION = 3
 _FILE = Path(__file__).with_name(f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}")
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -226,6 +230,122 @@ def bfloat16_linear(
     )
 
 
+def route(
+    x_TH: torch.Tensor, gate_EH: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Router logits, the experts of each token and the order of rows, in one call.
+
+    Args:
+        x_TH: bfloat16, contiguous.
+        gate_EH: bfloat16, contiguous; at most MOST_EXPERTS.
+        top_k: K, at most E.
+
+    Returns:
+        logits bfloat16 (T, E); expert ids int64 (T, K), ascending in a token; weights float32
+        (T, K); and what `plan` gives.
+    """
+    num_tokens, columns = x_TH.shape
+    num_experts = gate_EH.shape[0]
+    assert x_TH.is_cpu
+    assert gate_EH.is_cpu
+    assert x_TH.dtype is gate_EH.dtype is torch.bfloat16
+    assert gate_EH.shape[1] == columns
+    assert x_TH.is_contiguous()
+    assert gate_EH.is_contiguous()
+    assert 1 <= top_k <= num_experts <= MOST_EXPERTS
+    logits = torch.empty(num_tokens, num_experts, dtype=torch.bfloat16)
+    expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    weights = torch.empty(num_tokens, top_k)
+    rows, places, offsets = _allocate_plan(num_tokens, top_k, num_experts)
+    _library().moe_route(
+        x_TH.data_ptr(),
+        num_tokens,
+        columns,
+        gate_EH.data_ptr(),
+        num_experts,
+        top_k,
+        logits.data_ptr(),
+        expert_ids.data_ptr(),
+        weights.data_ptr(),
+        rows.data_ptr(),
+        places.data_ptr(),
+        offsets,
+    )
+    return logits, expert_ids, weights, rows, places, tuple(offsets)
+
+
+def plan(
+    expert_ids_TK: torch.Tensor, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """The order of rows, for experts chosen by somebody else.
+
+    Args:
+        expert_ids_TK: int64, contiguous, distinct and ascending in a token, below `num_experts`.
+        num_experts: At most MOST_EXPERTS.
+
+    Returns:
+        As in `routing.RoutingPlan`: rows int64 (T * K,), places int64 (T, K), E + 1 offsets.
+    """
+    assert expert_ids_TK.is_cpu
+    assert expert_ids_TK.dtype is torch.int64
+    assert expert_ids_TK.is_contiguous()
+    assert num_experts <= MOST_EXPERTS
+    num_tokens, top_k = expert_ids_TK.shape
+    rows, places, offsets = _allocate_plan(num_tokens, top_k, num_experts)
+    _library().moe_plan(
+        expert_ids_TK.data_ptr(),
+        num_tokens,
+        num_experts,
+        top_k,
+        rows.data_ptr(),
+        places.data_ptr(),
+        offsets,
+    )
+    return rows, places, tuple(offsets)
+
+
+def combine(
+    outputs_PH: torch.Tensor, places_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """Sums weighted rows, bfloat16 (T, H); see `routing.combine`.
+
+    Args:
+        outputs_PH: bfloat16 (T * K, H), contiguous.
+        places_TK: int64, contiguous, each in [0, T * K).
+        weights_TK: float32, contiguous.
+    """
+    num_tokens, top_k = places_TK.shape
+    assert outputs_PH.is_cpu
+    assert outputs_PH.dtype is torch.bfloat16
+    assert outputs_PH.shape[0] == places_TK.numel()
+    assert places_TK.dtype is torch.int64
+    assert weights_TK.shape == places_TK.shape
+    assert weights_TK.dtype is torch.float32
+    assert outputs_PH.is_contiguous()
+    assert places_TK.is_contiguous()
+    assert weights_TK.is_contiguous()
+    columns = outputs_PH.shape[1]
+    combined = torch.empty(num_tokens, columns, dtype=torch.bfloat16)
+    _library().moe_combine(
+        outputs_PH.data_ptr(),
+        num_tokens,
+        columns,
+        top_k,
+        places_TK.data_ptr(),
+        weights_TK.data_ptr(),
+        combined.data_ptr(),
+    )
+    return combined
+
+
+def _allocate_plan(
+    num_tokens: int, top_k: int, num_experts: int
+) -> tuple[torch.Tensor, torch.Tensor, "ctypes.Array[ctypes.c_int64]"]:
+    rows = torch.empty(num_tokens * top_k, dtype=torch.int64)
+    places = torch.empty(num_tokens, top_k, dtype=torch.int64)
+    return rows, places, (ctypes.c_int64 * (num_experts + 1))()
+
+
 def _check_gate_and_up(gate_MI: torch.Tensor, up_MI: torch.Tensor) -> None:
     assert gate_MI.shape == up_MI.shape
     assert gate_MI.dtype is up_MI.dtype is torch.float32
@@ -312,6 +432,9 @@ def _declare(library: ctypes.CDLL) -> None:
         "moe_swiglu_bfloat16": "pp ll p",
         "moe_integer_linear": "pi llllll ppp l pli ll",
         "moe_bfloat16_linear": "pl pl pli ll",
+        "moe_route": "pll p ll p pp ppp",
+        "moe_plan": "p lll ppp",
+        "moe_combine": "p lll pp p",
     }.items():
         function = getattr(library, name)
         function.argtypes = [types[letter] for letter in arguments.replace(" ", "")]

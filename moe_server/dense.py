@@ -8,13 +8,14 @@ experts, M rows, K columns, N rows of a matrix.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moe_server.checkpoint import Checkpoint
 from moe_server.kernels.dense import int8_embedding, int8_linear
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
 from moe_server.kernels.products import are_compiled, linear, prepare
+from moe_server.kernels.routing import route
+from moe_server.mixtral import Router
 
 EMBEDDING = "model.embed_tokens"
 OUTPUT = "lm_head"
@@ -35,7 +36,7 @@ def use_kernels(module: nn.Module, checkpoint: Checkpoint, device: torch.device)
             ours = Int8Linear(layout)
         elif isinstance(child, nn.Linear) and has_kernels and len(list(child.parameters())) == 1:
             ours = KernelLinear(child)
-        elif name.endswith(".gate") and has_kernels:
+        elif name.endswith(".gate") and has_kernels and not isinstance(child, Router):
             ours = KernelRouter(child)
         if ours is not None:
             module.set_submodule(name, ours)
@@ -64,19 +65,17 @@ class KernelLinear(nn.Module):
 
 
 class KernelRouter(nn.Module):
-    """A router as transformers' own, but for the product."""
+    """A router with the interface of transformers' own."""
 
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
         self.weight: torch.Tensor = replaced.weight  # type: ignore[assignment]
         self._top_k: int = replaced.top_k  # type: ignore[assignment]
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Router logits (T, E), weights float32 and experts int64 (T, top_k)."""
-        logits_TE = _product(x_TH.reshape(-1, x_TH.shape[-1]), self.weight)
-        # Rounded to the activations' dtype before the softmax: near-ties break as transformers'.
-        weights_TK, experts_TK = F.softmax(logits_TE.float(), dim=-1).topk(self._top_k, dim=-1)
-        return logits_TE, weights_TK / weights_TK.sum(dim=-1, keepdim=True), experts_TK
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Router logits (T, E), weights float32 and experts int64 (T, top_k), by expert."""
+        logits_TE, plan = route(x.reshape(-1, x.shape[-1]), self.weight, self._top_k)
+        return logits_TE, plan.weights, plan.expert_ids
 
 
 class Int8Linear(nn.Module):

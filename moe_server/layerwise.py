@@ -131,14 +131,12 @@ class LayerwiseModel:
         expert_ids_TK: torch.Tensor,
         weights_TK: torch.Tensor,
     ) -> torch.Tensor:
-        plan = plan_routing(expert_ids_TK, self._checkpoint.num_experts)
-        outputs = hidden_TH.new_empty(expert_ids_TK.numel(), hidden_TH.shape[1])
-        bounds = zip(plan.experts, plan.offsets, plan.offsets[1:], strict=False)
-        for expert, start, end in bounds:
-            picks = plan.order[start:end]
-            rows = hidden_TH[picks // expert_ids_TK.shape[1]]
-            outputs[picks] = self._run_expert(ExpertId(layer, expert), rows)
-        return combine(outputs, expert_ids_TK, weights_TK)
+        plan = plan_routing(expert_ids_TK, weights_TK, self._checkpoint.num_experts)
+        outputs_PH = hidden_TH.new_empty(len(plan.rows), hidden_TH.shape[1])
+        for expert in plan.experts():
+            rows = hidden_TH[plan.rows_of(expert)]
+            outputs_PH[plan.picks_of(expert)] = self._run_expert(ExpertId(layer, expert), rows)
+        return combine(outputs_PH, plan)
 
     def _run_expert(self, expert: ExpertId, rows: torch.Tensor) -> torch.Tensor:
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))

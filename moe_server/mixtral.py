@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from moe_server.attention import RaggedBatch, paged_attention
 from moe_server.checkpoint import Checkpoint
+from moe_server.kernels.routing import RoutingPlan, route
 from moe_server.plain_mixtral import DEFAULT_EPS, DEFAULT_ROPE_THETA, rope_parameters
 
 
@@ -125,25 +125,21 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 class Router(nn.Module):
-    """Logits, and the weights and numbers of the experts that each token goes to."""
+    """Logits, and the plan of which expert computes which rows."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(checkpoint.num_experts, checkpoint.hidden_size))
-        self.top_k = checkpoint.num_experts_per_token
+        self._top_k = checkpoint.num_experts_per_token
 
-    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits_TE = F.linear(x_TH, self.weight)
-        # Rounded to the activations' dtype before the softmax: near-ties break as transformers'.
-        weights_TK, experts_TK = F.softmax(logits_TE.float(), dim=-1).topk(self.top_k, dim=-1)
-        return logits_TE, weights_TK / weights_TK.sum(dim=-1, keepdim=True), experts_TK
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, RoutingPlan]:
+        return route(x_TH, self.weight, self._top_k)
 
 
 class Experts(nn.Module):
     """Where `model` attaches the experts of the cache."""
 
-    run_cached: Callable[..., torch.Tensor]
-    act_fn = staticmethod(F.silu)
+    run_planned: Callable[[torch.Tensor, RoutingPlan], torch.Tensor]
 
 
 class SparseBlock(nn.Module):
@@ -156,8 +152,8 @@ class SparseBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TH = x.view(-1, x.shape[-1])
-        _, weights_TK, experts_TK = self.gate(x_TH)
-        return self.experts.run_cached(x_TH, experts_TK, weights_TK).view(x.shape)
+        _, plan = self.gate(x_TH)
+        return self.experts.run_planned(x_TH, plan).view(x.shape)
 
 
 class Layer(nn.Module):

@@ -8,15 +8,16 @@ without storage, and only the dense tensors are read. Knows nothing of requests,
 
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moe_server import zero3
@@ -26,17 +27,15 @@ from moe_server.checkpoint import Checkpoint
 from moe_server.dense import use_kernels
 from moe_server.errors import MoeServerError, Reason
 from moe_server.json_file import read_json
-from moe_server.kernels.experts import ExpertRun, swiglu
+from moe_server.kernels.experts import Activation, ExpertRun
 from moe_server.kernels.formats import MatrixLayout
 from moe_server.kernels.products import Activations, prepare
-from moe_server.kernels.routing import combine, plan_routing
+from moe_server.kernels.routing import RoutingPlan, combine, plan_routing
 from moe_server.kv_cache import PagedKv
 from moe_server.mixtral import Mixtral
 from moe_server.offload.cache import Held
 from moe_server.offload.prefetch import LookAhead
 from moe_server.weights import Weights
-
-Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _nothing() -> None:
@@ -106,9 +105,16 @@ class Model:
         config = read_json(checkpoint.path / "config.json")
         self._module = _build_module(checkpoint, config, device)
         use_kernels(self._module, checkpoint, device)
-        self._has_silu = config.get("hidden_act", "silu") == "silu"
-        for number, layer in enumerate(self._module.get_submodule("model.layers").children()):
-            self._attach(number, layer.get_submodule("mlp"))
+        blocks = [
+            layer.get_submodule("mlp")
+            for layer in self._module.get_submodule("model.layers").children()
+        ]
+        # transformers wraps SiLU; the kernels know it by torch's name.
+        has_silu = config.get("hidden_act", "silu") == "silu"
+        stock: Any = blocks[0].get_submodule("experts")
+        self._activation: Activation = F.silu if has_silu else stock.act_fn
+        for number, block in enumerate(blocks):
+            self._attach(number, block)
         self._forward: Callable[..., Any] = self._module
 
     def load_dense(self, progress: Callable[[int], None]) -> None:
@@ -202,69 +208,59 @@ class Model:
     def _tensor(self, numbers: Sequence[int]) -> torch.Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self._device)
 
-    def _run_experts(
+    def _run_chosen(
         self,
         layer: int,
-        activation: Activation,
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        """The experts of one layer.
-
-        Args:
-            layer: Its number.
-            activation: The gate's activation.
-            hidden_states: (T, H).
-            top_k_index: int64 (T, K).
-            top_k_weights: float32 (T, K).
-
-        Returns:
-            (T, H).
-        """
+        """`_run_experts` for a router that does not plan; arguments as transformers has them."""
         started = time.perf_counter()
-        num_choices = top_k_index.shape[1]
-        plan = plan_routing(top_k_index, self.checkpoint.num_experts)
-        picks_of = {
-            expert: plan.order[start:end]
-            for expert, start, end in zip(
-                plan.experts, plan.offsets, plan.offsets[1:], strict=False
-            )
-        }
-        rows_of = {expert: picks // num_choices for expert, picks in picks_of.items()}
-        wanted = [expert for expert, index in rows_of.items() if self._is_any_wanted(index)]
-        if self._look_ahead is not None and wanted:
-            self.cache.predict(layer + 1, self._look_ahead.predict(layer, hidden_states))
+        plan = plan_routing(top_k_index, top_k_weights, self.checkpoint.num_experts)
         self.router_s += time.perf_counter() - started
-        outputs = hidden_states.new_empty(top_k_index.numel(), hidden_states.shape[1])
-        for expert in picks_of.keys() - set(wanted):
-            outputs[picks_of[expert]] = 0.0
+        return self._run_experts(layer, hidden_states, plan)
+
+    def _run_experts(self, layer: int, x_TH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
+        """The experts of one layer, weighted and summed: (T, H)."""
+        experts = plan.experts()
+        wanted = experts
+        if not self._are_all_wanted():
+            wanted = [expert for expert in experts if self._requests_of(plan.rows_of(expert))]
+        if self._look_ahead is not None and wanted:
+            started = time.perf_counter()
+            self.cache.predict(layer + 1, self._look_ahead.predict(layer, x_TH))
+            self.router_s += time.perf_counter() - started
+        outputs_PH = x_TH.new_empty(len(plan.rows), x_TH.shape[1])
+        for expert in set(experts) - set(wanted):
+            outputs_PH[plan.picks_of(expert)] = 0.0
 
         def still_wanted(expert: int) -> bool:
             self._poll()
-            return self._is_any_wanted(rows_of[expert])
+            return self._are_all_wanted() or bool(self._requests_of(plan.rows_of(expert)))
 
-        num_rows = [len(picks_of[expert]) for expert in wanted]
-        rows = Rows(hidden_states, self._layout.w13)
+        rows = Rows(x_TH, self._layout.w13)
+        num_rows = [len(plan.rows_of(expert)) for expert in wanted]
+        cost, counters = self.cache.tiers.cost, self.cache.counters
         groups = self.cache.acquire(layer, wanted, num_rows, still_wanted)
         with closing(groups):
             for held in groups:
-                index = rows_of[held.expert]
-                is_timed = self.cache.tiers.cost.wants_compute(len(index), in_host=held.in_host)
+                index = plan.rows_of(held.expert)
+                is_timed = cost.wants_compute(len(index), in_host=held.in_host)
                 started = self._finished_at() if is_timed else 0.0
-                waited_s = self.cache.counters.read_s
-                outputs[picks_of[held.expert]] = self._run_expert(activation, rows, index, held)
+                waited_s = counters.read_s
+                self._run_expert(rows, index, held, outputs_PH[plan.picks_of(held.expert)])
                 if held.error is not None:
                     for request in self._requests_of(index):
                         request.fail(held.error)
-                elif is_timed and self.cache.counters.read_s == waited_s:
-                    self.cache.tiers.cost.observe_compute(
+                elif is_timed and counters.read_s == waited_s:
+                    cost.observe_compute(
                         len(index),
                         self._layout.weight_bytes,
                         self._finished_at() - started,
                         in_host=held.in_host,
                     )
-        return combine(outputs, top_k_index, top_k_weights)
+        return combine(outputs_PH, plan)
 
     def _finished_at(self) -> float:
         """Now, with all that was asked of the device done."""
@@ -274,11 +270,8 @@ class Model:
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def _is_any_wanted(self, rows: torch.Tensor) -> bool:
-        """True where one of these rows of the step belongs to a request that is still there."""
-        if all(request.still_wanted() for request in self._batch):
-            return True
-        return bool(self._requests_of(rows))
+    def _are_all_wanted(self) -> bool:
+        return all(request.still_wanted() for request in self._batch)
 
     def _requests_of(self, rows: torch.Tensor) -> list[StepInput]:
         """The requests that are still there and that these rows of the step belong to."""
@@ -292,86 +285,61 @@ class Model:
         Raises:
             MoeServerError: It could not be read.
         """
-        experts: Any = self._module.get_submodule(f"model.layers.{layer}.mlp.experts")
         row = torch.zeros(1, self.checkpoint.hidden_size, dtype=self._dtype, device=self._device)
         first = torch.zeros(1, dtype=torch.int64, device=self._device)
         with torch.inference_mode(), closing(self.cache.acquire(layer, [expert])) as groups:
             for held in groups:
-                self._run_expert(experts.act_fn, Rows(row, self._layout.w13), first, held)
+                self._run_expert(Rows(row, self._layout.w13), first, held, torch.empty_like(row))
                 if held.error is not None:
                     raise held.error
 
     def _run_expert(
-        self, activation: Activation, rows: "Rows", index: torch.Tensor, held: Held
-    ) -> torch.Tensor:
+        self, rows: "Rows", index: torch.Tensor, held: Held, out_NH: torch.Tensor
+    ) -> None:
         """One expert over the rows that `index` names, where its weights are."""
-        first, *others = torch.split(index, EXPERT_ROWS)
-        if held.memory.device.type == "cpu" and self._has_silu:
-            run = self._start_expert(rows, first, held)
-            for arrived_bytes in held.arrivals:
-                run.advance(arrived_bytes)
-            outputs = [] if held.dropped else [run.output()]
-        else:
-            for _ in held.arrivals:
-                pass
-            others = [first, *others]
-            outputs = []
-        if held.dropped:
-            return rows.values.new_zeros(len(index), rows.values.shape[1])
-        outputs += [self._run_arrived(activation, rows, part, held) for part in others]
-        return torch.cat(outputs).to(self._device)
-
-    def _run_arrived(
-        self, activation: Activation, rows: "Rows", index: torch.Tensor, held: Held
-    ) -> torch.Tensor:
-        """At most EXPERT_ROWS rows, with all of the expert's weights there."""
-        if held.memory.device.type == "cpu" and self._has_silu:
-            run = self._start_expert(rows, index, held)
-            run.advance(self._layout.stride_bytes)
-            return run.output()
-        return swiglu(
-            rows.values[index].to(held.memory.device),
-            held.memory,
-            intermediate_size=self.checkpoint.intermediate_size,
-            w2_offset=self._layout.w2_offset,
-            activation=activation,
-        )
-
-    def _start_expert(self, rows: "Rows", index: torch.Tensor, held: Held) -> ExpertRun:
         layout = self._layout
-        return ExpertRun(
-            rows.prepared(index),
-            held.memory,
-            layout.w13,
-            layout.w2,
-            layout.w3_offset,
-            layout.w2_offset,
-        )
+        arrivals: Iterable[int] = held.arrivals
+        for first in range(0, len(index), EXPERT_ROWS):
+            part = slice(first, first + EXPERT_ROWS)
+            run = ExpertRun(
+                rows.prepared(index[part], held.memory.device),
+                held.memory,
+                layout.w13,
+                layout.w2,
+                layout.w3_offset,
+                layout.w2_offset,
+                self._activation,
+            )
+            for arrived_bytes in arrivals:
+                run.advance(arrived_bytes)
+            if held.dropped:
+                out_NH.zero_()
+                return
+            out_NH[part] = run.output()
+            arrivals = (layout.stride_bytes,)
 
     def _attach(self, layer: int, block: nn.Module) -> None:
         """Gives a layer's sparse block our experts, and times its router."""
         experts: Any = block.get_submodule("experts")
         for name in [name for name, _ in experts.named_parameters()]:
             delattr(experts, name)
-        experts.run_cached = partial(self._run_experts, layer, experts.act_fn)
-        started = 0.0
+        experts.run_chosen = partial(self._run_chosen, layer)
+        experts.run_planned = partial(self._run_experts, layer)
+        gate: Any = block.get_submodule("gate")
+        gate.forward = partial(self._route, layer, gate.forward)
 
-        def before(_module: nn.Module, _args: object) -> None:
-            nonlocal started
-            started = time.perf_counter()
-
-        def after(_module: nn.Module, _args: object, output: tuple[torch.Tensor, ...]) -> None:
-            if self._look_ahead is not None:
-                self._look_ahead.observe(layer, output[0])
-            self.router_s += time.perf_counter() - started
-
-        gate = block.get_submodule("gate")
-        gate.register_forward_pre_hook(before)
-        gate.register_forward_hook(after)
+    def _route(self, layer: int, router: Callable[[torch.Tensor], Any], x: torch.Tensor) -> Any:
+        """What the router says, which begins with logits."""
+        started = time.perf_counter()
+        output = router(x)
+        if self._look_ahead is not None:
+            self._look_ahead.observe(layer, output[0])
+        self.router_s += time.perf_counter() - started
+        return output
 
 
 class Rows:
-    """The input of a layer's experts: prepared for the kernels once, whatever asks for rows.
+    """The input of a layer's experts: prepared once for each device, whatever asks for rows.
 
     Args:
         values: (T, H).
@@ -379,15 +347,17 @@ class Rows:
     """
 
     def __init__(self, values: torch.Tensor, layout: MatrixLayout) -> None:
-        self.values = values
+        self._values = values
         self._layout = layout
-        self._prepared: Activations | None = None
+        self._prepared: dict[torch.device, Activations] = {}
 
-    def prepared(self, index: torch.Tensor) -> Activations:
-        """Rows as the CPU's kernels want them."""
-        if self._prepared is None:
-            self._prepared = prepare(self.values.cpu(), self._layout)
-        return self._prepared.rows(index.cpu())
+    def prepared(self, index: torch.Tensor, device: torch.device) -> Activations:
+        """Distinct rows in ascending order, as products with weights on `device` want them."""
+        if device not in self._prepared:
+            self._prepared[device] = prepare(self._values.to(device), self._layout)
+        if len(index) == len(self._values):
+            return self._prepared[device]
+        return self._prepared[device].rows(index.to(device))
 
 
 def _build_module(

@@ -19,7 +19,7 @@ EXPERTS_NAME = "moe_server_cached"
 
 def _cached_experts(experts: Any, *args: torch.Tensor) -> torch.Tensor:
     """What transformers calls for every experts module; each carries its own."""
-    output: torch.Tensor = experts.run_cached(*args)
+    output: torch.Tensor = experts.run_chosen(*args)
     return output
 
 

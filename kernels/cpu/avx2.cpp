@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "activations.h"
+#include "routing.h"
 
 #define MOE_TARGET __attribute__((target("avx2,fma")))
 #define MOE_TILE MOE_TARGET inline __attribute__((always_inline))
@@ -264,9 +265,18 @@ MOE_TARGET void activation_rows(const ActivationJob& job, int64_t first, int64_t
   activation_rows_body(job, first, last);
 }
 
+MOE_TARGET void choose_experts(const ExpertChoice& choice, int64_t first, int64_t last) {
+  choose_experts_body(choice, first, last);
+}
+
+MOE_TARGET void combine_rows(const Combination& combination, int64_t first, int64_t last) {
+  combine_rows_body(combination, first, last);
+}
+
 }  // namespace
 
-const Kernels avx2_kernels = {integer_blocks, bfloat_rows, activation_rows};
+const Kernels avx2_kernels = {integer_blocks, bfloat_rows, activation_rows, choose_experts,
+                              combine_rows};
 
 }  // namespace moe
 

@@ -6,6 +6,7 @@
 
 #include "pool.h"
 #include "products.h"
+#include "routing.h"
 
 namespace moe {
 namespace {
@@ -15,6 +16,8 @@ enum InstructionSet { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 // A chunk's weights: long enough a stream for the prefetchers, small enough to share out.
 constexpr int64_t kChunkBytes = 256 * 1024;
 constexpr int64_t kChunkValues = 16 * 1024;
+// Tokens of a chunk of routing, and rows of the router's weights that a kernel takes at once.
+constexpr int64_t kRouteLeast = 4, kRouteMost = 48, kRouteRows = 8;
 
 int best_instruction_set() {
 #if defined(__x86_64__)
@@ -67,6 +70,23 @@ void run_activations(const ActivationJob& job) {
   run(job, kernels().activation_rows, 0, job.tokens, per_chunk);
 }
 
+// Router logits and choice of a range of tokens, while their rows and logits are in the caches.
+struct Routing {
+  BfloatProduct gate;
+  ExpertChoice choice;
+};
+
+void route_tokens(const Routing& routing, int64_t first, int64_t last) {
+  BfloatProduct gate = routing.gate;
+  const int64_t experts = routing.choice.experts;
+  gate.activations += first * gate.columns;
+  gate.tokens = last - first;
+  gate.out.data = static_cast<uint16_t*>(gate.out.data) + first * experts;
+  for (int64_t row = 0; row < experts; row += kRouteRows)
+    kernels().bfloat_rows(gate, row, std::min(experts, row + kRouteRows));
+  kernels().choose_experts(routing.choice, first, last);
+}
+
 // One word of every cache line: the line comes whole, and the core has nothing else to do.
 void read_bytes(const uint8_t* const& bytes, int64_t first, int64_t last) {
   uint64_t sums[4] = {};
@@ -88,7 +108,7 @@ void read_bytes(const uint8_t* const& bytes, int64_t first, int64_t last) {
 extern "C" {
 
 // Raised with every change of a signature or a layout below: native.py refuses another.
-int moe_abi_version() { return 2; }
+int moe_abi_version() { return 3; }
 
 int moe_best_instruction_set() { return moe::best_instruction_set(); }
 int moe_instruction_set() { return moe::current_set; }
@@ -143,6 +163,36 @@ void moe_bfloat16_linear(const uint16_t* weights, int64_t columns, const uint16_
       weights, columns, x, tokens, {out, out_stride, out_is_bfloat16 != 0}};
   const int64_t rows = std::max<int64_t>(4, moe::kChunkBytes / (2 * columns) / 4 * 4);
   moe::run(product, moe::kernels().bfloat_rows, first, last, rows);
+}
+
+// x: bfloat16 (tokens, columns); gate: bfloat16 (experts, columns). logits: bfloat16 (tokens,
+// experts); expert_ids, weights: (tokens, top_k), ascending by expert; the rest as moe_plan.
+void moe_route(const uint16_t* x, int64_t tokens, int64_t columns, const uint16_t* gate,
+               int64_t experts, int64_t top_k, uint16_t* logits, int64_t* expert_ids,
+               float* weights, int64_t* rows, int64_t* places, int64_t* offsets) {
+  const moe::Routing routing{{gate, columns, x, tokens, {logits, experts, true}},
+                             {logits, experts, top_k, expert_ids, weights}};
+  // A few chunks of a small batch; of a large one, as many tokens as the caches like.
+  const int64_t per_chunk = std::clamp((tokens + 3) / 4, moe::kRouteLeast, moe::kRouteMost);
+  moe::run(routing, moe::route_tokens, 0, tokens, per_chunk);
+  moe::plan(expert_ids, tokens, experts, top_k, rows, places, offsets);
+}
+
+// expert_ids: (tokens, top_k), distinct and ascending in a token. rows: the token of every pick,
+// grouped by expert and ascending within; places: (tokens, top_k), where each pick is in `rows`;
+// offsets: (experts + 1), where each expert's picks begin.
+void moe_plan(const int64_t* expert_ids, int64_t tokens, int64_t experts, int64_t top_k,
+              int64_t* rows, int64_t* places, int64_t* offsets) {
+  moe::plan(expert_ids, tokens, experts, top_k, rows, places, offsets);
+}
+
+// outputs: bfloat16 (tokens * top_k, columns); combined: bfloat16 (tokens, columns).
+void moe_combine(const uint16_t* outputs, int64_t tokens, int64_t columns, int64_t top_k,
+                 const int64_t* places, const float* weights, uint16_t* combined) {
+  const moe::Combination combination{outputs, columns, top_k, places, weights, combined};
+  const int64_t per_chunk =
+      std::max<int64_t>(1, moe::kChunkValues / std::max<int64_t>(1, columns * top_k));
+  moe::run(combination, moe::kernels().combine_rows, 0, tokens, per_chunk);
 }
 
 // Reads bytes with all threads, as a product does: the ceiling that measurements compare with.

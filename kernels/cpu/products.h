@@ -57,10 +57,29 @@ struct ActivationJob {
   uint16_t* rounded;   // (tokens, columns)
 };
 
+// Picks each token's experts by the softmax of its router logits.
+struct ExpertChoice {
+  const uint16_t* logits;  // bfloat16 (tokens, experts)
+  int64_t experts, top_k;
+  int64_t* expert_ids;     // (tokens, top_k), ascending
+  float* weights;          // as expert_ids; of each token they sum up to 1
+};
+
+// Sums each token's rows of expert outputs with their weights.
+struct Combination {
+  const uint16_t* outputs;  // bfloat16 (tokens * top_k, columns)
+  int64_t columns, top_k;
+  const int64_t* places;    // (tokens, top_k): rows of `outputs`, in the order of the sum
+  const float* weights;     // (tokens, top_k)
+  uint16_t* combined;       // (tokens, columns)
+};
+
 struct Kernels {
   void (*integer_blocks)(const IntegerProduct&, int64_t first_block, int64_t last_block);
   void (*bfloat_rows)(const BfloatProduct&, int64_t first_row, int64_t last_row);
   void (*activation_rows)(const ActivationJob&, int64_t first_token, int64_t last_token);
+  void (*choose_experts)(const ExpertChoice&, int64_t first_token, int64_t last_token);
+  void (*combine_rows)(const Combination&, int64_t first_token, int64_t last_token);
 };
 
 extern const Kernels scalar_kernels;

@@ -1,5 +1,6 @@
 // Plain C++: the reference of the vector kernels, and what runs on machines without them.
 #include "activations.h"
+#include "routing.h"
 
 namespace moe {
 namespace {
@@ -83,8 +84,17 @@ void activation_rows(const ActivationJob& job, int64_t first_token, int64_t last
   activation_rows_body(job, first_token, last_token);
 }
 
+void choose_experts(const ExpertChoice& choice, int64_t first, int64_t last) {
+  choose_experts_body(choice, first, last);
+}
+
+void combine_rows(const Combination& combination, int64_t first, int64_t last) {
+  combine_rows_body(combination, first, last);
+}
+
 }  // namespace
 
-const Kernels scalar_kernels = {integer_blocks, bfloat_rows, activation_rows};
+const Kernels scalar_kernels = {integer_blocks, bfloat_rows, activation_rows, choose_experts,
+                                combine_rows};
 
 }  // namespace moe

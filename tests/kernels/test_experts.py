@@ -88,14 +88,13 @@ def test_plan_swiglu_and_combine_equal_transformers_bit_for_bit(dtype, top_k, nu
         weights = weights / weights.sum(-1, keepdim=True)
         expected = experts(states, expert_ids, weights)
 
-        plan = plan_routing(expert_ids, NUM_EXPERTS)
+        plan = plan_routing(expert_ids, weights, NUM_EXPERTS)
         outputs = torch.full((num_tokens * top_k, hidden), torch.nan, dtype=dtype)
         # Misses come in any order.
-        for number in reversed(range(len(plan.experts))):
-            expert = plan.experts[number]
+        for expert in reversed(plan.experts()):
             w1, w3 = experts.gate_up_proj[expert].chunk(2)
             record = make_record(layout, w1, w3, experts.down_proj[expert])
-            picks = plan.order[plan.offsets[number] : plan.offsets[number + 1]]
-            outputs[picks] = run_swiglu(layout, states[picks // top_k], record)
-        combined = combine(outputs, expert_ids, weights)
+            rows = states[plan.rows_of(expert)]
+            outputs[plan.picks_of(expert)] = run_swiglu(layout, rows, record)
+        combined = combine(outputs, plan)
     assert torch.equal(combined, expected)
