@@ -70,6 +70,7 @@ class ExpertRun:
         w3_offset: Byte offset of w3.
         w2_offset: Byte offset of w2, behind w3.
         activation: Of the gate; kernels serve SiLU, and integer formats know no other.
+        out_MH: Where the output goes, in the rows' dtype, on any device; somewhere if None.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ExpertRun:
         w3_offset: int,
         w2_offset: int,
         activation: Activation = F.silu,
+        out_MH: torch.Tensor | None = None,
     ) -> None:
         assert w13.columns == w2.rows
         assert w13.rows == w2.columns
@@ -92,7 +94,12 @@ class ExpertRun:
         self._record = record
         self._activation = activation
         self._is_compiled = activation is F.silu and are_compiled(w13.format, record.device)
-        self._output = torch.empty(x.num_rows, w2.rows, dtype=x.dtype, device=record.device)
+        if out_MH is None:
+            out_MH = torch.empty(x.num_rows, w2.rows, dtype=x.dtype, device=record.device)
+        self._output = out_MH
+        # Kernels write where the weights are.
+        is_near = out_MH.device == record.device
+        self._computed = out_MH if is_near else torch.empty_like(out_MH, device=record.device)
         self._is_complete = False
         if self._is_compiled:
             shape = x.num_rows, w13.rows
@@ -114,7 +121,7 @@ class ExpertRun:
         if not self._is_compiled:
             if arrived_bytes >= self._w2_end:
                 self._compute_with_torch()
-                self._is_complete = True
+                self._complete()
             return
         self._w1_part.advance(self._x, self._gate_MI, arrived_bytes)
         self._w3_part.advance(self._x, self._up_MI, arrived_bytes)
@@ -122,13 +129,19 @@ class ExpertRun:
             return
         if self._hidden is None:
             self._hidden = swiglu_rows(self._gate_MI, self._up_MI, self._w2, self._x.dtype)
-        self._w2_part.advance(self._hidden, self._output, arrived_bytes)
-        self._is_complete = self._w2_part.is_complete
+        self._w2_part.advance(self._hidden, self._computed, arrived_bytes)
+        if self._w2_part.is_complete:
+            self._complete()
 
     def output(self) -> torch.Tensor:
         """(M, H) in the dtype of the rows that were prepared; the whole record has to be there."""
         assert self._is_complete
         return self._output
+
+    def _complete(self) -> None:
+        if self._computed is not self._output:
+            self._output.copy_(self._computed)
+        self._is_complete = True
 
     def _compute_with_torch(self) -> None:
         x = self._x.values
@@ -142,14 +155,14 @@ class ExpertRun:
                 w2_offset=self._w2_offset,
                 activation=self._activation,
             )
-            self._output = output.to(x.dtype)
+            self._computed.copy_(output)
             return
         gate, up = torch.empty(2, self._x.num_rows, self._w13.rows, device=x.device)
         for offset, out in ((0, gate), (self._w3_offset, up)):
             weights = self._record[offset : offset + self._w13.nbytes]
             linear_by_dequantising(x, weights, self._w13, out)
         w2 = self._record[self._w2_offset : self._w2_end]
-        linear_by_dequantising(self._activation(gate) * up, w2, self._w2, self._output)
+        linear_by_dequantising(self._activation(gate) * up, w2, self._w2, self._computed)
 
 
 class _Part:

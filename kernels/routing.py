@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from moe_server.kernels import native
-from moe_server.kernels.formats import WeightFormat
-from moe_server.kernels.products import are_compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +63,15 @@ def route(
 
     Args:
         x_TH: The layer's input.
-        gate_EH: The router's weights, in the dtype of `x_TH`.
+        gate_EH: The router's weights, contiguous, in the dtype of `x_TH`.
         top_k: K.
 
     Returns:
         The logits (T, E), rounded to the dtype of `x_TH`, and the plan.
     """
     num_experts = gate_EH.shape[0]
-    if x_TH.dtype is gate_EH.dtype is torch.bfloat16 and _is_compiled(x_TH.device, num_experts):
-        routed = native.route(x_TH.contiguous(), gate_EH.contiguous(), top_k)
+    if x_TH.dtype is gate_EH.dtype is torch.bfloat16 and _is_compiled(x_TH, num_experts):
+        routed = native.route(x_TH.contiguous(), gate_EH, top_k)
         logits_TE, expert_ids_TK, weights_TK, rows, places_TK, offsets = routed
         return logits_TE, RoutingPlan(expert_ids_TK, weights_TK, rows, places_TK, offsets)
     logits_TE = F.linear(x_TH, gate_EH)
@@ -94,7 +92,7 @@ def plan_routing(
     """
     expert_ids_TK, by_expert_TK = expert_ids_TK.sort(dim=-1)
     weights_TK = weights_TK.gather(1, by_expert_TK)
-    if _is_compiled(expert_ids_TK.device, num_experts):
+    if _is_compiled(expert_ids_TK, num_experts):
         rows, places_TK, offsets = native.plan(expert_ids_TK.contiguous(), num_experts)
         return RoutingPlan(expert_ids_TK, weights_TK, rows, places_TK, offsets)
     picks = expert_ids_TK.flatten()
@@ -125,7 +123,7 @@ def combine(outputs_PH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
         (T, H) in the dtype of `outputs_PH`.
     """
     dtype = outputs_PH.dtype
-    if dtype is torch.bfloat16 and are_compiled(WeightFormat.BFLOAT16, outputs_PH.device):
+    if dtype is torch.bfloat16 and outputs_PH.is_cpu and native.is_available():
         return native.combine(outputs_PH, plan.places, plan.weights)
     total_TH = outputs_PH.new_zeros(len(plan.places), outputs_PH.shape[1])
     for places_T, weights_T in zip(
@@ -135,6 +133,5 @@ def combine(outputs_PH: torch.Tensor, plan: RoutingPlan) -> torch.Tensor:
     return total_TH
 
 
-def _is_compiled(device: torch.device, num_experts: int) -> bool:
-    is_served = are_compiled(WeightFormat.BFLOAT16, device)
-    return is_served and num_experts <= native.MOST_EXPERTS
+def _is_compiled(x: torch.Tensor, num_experts: int) -> bool:
+    return x.is_cpu and num_experts <= native.MOST_EXPERTS and native.is_available()

@@ -309,13 +309,13 @@ class Model:
                 layout.w3_offset,
                 layout.w2_offset,
                 self._activation,
+                out_NH[part],
             )
             for arrived_bytes in arrivals:
                 run.advance(arrived_bytes)
             if held.dropped:
                 out_NH.zero_()
                 return
-            out_NH[part] = run.output()
             arrivals = (layout.stride_bytes,)
 
     def _attach(self, layer: int, block: nn.Module) -> None:

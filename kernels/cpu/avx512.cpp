@@ -7,7 +7,10 @@
 #include "activations.h"
 #include "routing.h"
 
-#define MOE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")))
+// Compilers would halve the vectors of plain loops, for CPUs that clock down.
+#define MOE_TARGET                                                                 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma," \
+                        "prefer-vector-width=512")))
 #define MOE_TILE MOE_TARGET inline __attribute__((always_inline))
 
 namespace moe {

@@ -16,8 +16,9 @@ enum InstructionSet { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 // A chunk's weights: long enough a stream for the prefetchers, small enough to share out.
 constexpr int64_t kChunkBytes = 256 * 1024;
 constexpr int64_t kChunkValues = 16 * 1024;
+constexpr int64_t kCombineValues = 64 * 1024;
 // Tokens of a chunk of routing, and rows of the router's weights that a kernel takes at once.
-constexpr int64_t kRouteLeast = 4, kRouteMost = 48, kRouteRows = 8;
+constexpr int64_t kRouteLeast = 12, kRouteMost = 48, kRouteRows = 8;
 
 int best_instruction_set() {
 #if defined(__x86_64__)
@@ -190,8 +191,8 @@ void moe_plan(const int64_t* expert_ids, int64_t tokens, int64_t experts, int64_
 void moe_combine(const uint16_t* outputs, int64_t tokens, int64_t columns, int64_t top_k,
                  const int64_t* places, const float* weights, uint16_t* combined) {
   const moe::Combination combination{outputs, columns, top_k, places, weights, combined};
-  const int64_t per_chunk =
-      std::max<int64_t>(1, moe::kChunkValues / std::max<int64_t>(1, columns * top_k));
+  const int64_t values = std::max<int64_t>(1, columns * top_k);
+  const int64_t per_chunk = std::max<int64_t>(1, moe::kCombineValues / values);
   moe::run(combination, moe::kernels().combine_rows, 0, tokens, per_chunk);
 }
 

@@ -95,6 +95,13 @@ MOE_INLINE void choose_experts_body(const ExpertChoice& choice, int64_t first, i
   }
 }
 
+// `round_to_bfloat`, kept in float32: packing and unpacking would cost more than the arithmetic.
+MOE_INLINE float rounded(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000;
+  return from_bits((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC00000 : nearest);
+}
+
 // Each product and each sum is rounded, as in the Hugging Face model.
 MOE_INLINE void combine_columns(const Combination& combination, int64_t token, int64_t first,
                                 int64_t count) {
@@ -103,10 +110,8 @@ MOE_INLINE void combine_columns(const Combination& combination, int64_t token, i
     const int64_t pick = token * combination.top_k + k;
     const uint16_t* row = combination.outputs + combination.places[pick] * combination.columns;
     const float weight = combination.weights[pick];
-    for (int64_t i = 0; i < count; ++i) {
-      const float product = widen(round_to_bfloat(widen(row[first + i]) * weight));
-      total[i] = widen(round_to_bfloat(total[i] + product));
-    }
+    for (int64_t i = 0; i < count; ++i)
+      total[i] = rounded(total[i] + rounded(widen(row[first + i]) * weight));
   }
   uint16_t* combined = combination.combined + token * combination.columns + first;
   for (int64_t i = 0; i < count; ++i) combined[i] = uint16_t(to_bits(total[i]) >> 16);
