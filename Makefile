@@ -6,7 +6,7 @@ PORT ?= 50051
 PROTOS := $(wildcard proto/moe_server/v1/*.proto)
 BUF := build/buf/node_modules/.bin/buf
 
-.PHONY: run test lint types proto proto-check bench-policy bench-paging clean
+.PHONY: run test lint types proto proto-check bench-policy bench-paging bench-routing clean
 
 # Installs, serves the embedded model, waits for its proof, streams a completion, stops.
 run: $(VENV)/.installed
@@ -30,6 +30,11 @@ bench-policy: $(VENV)/.installed-dev
 # ARGS do. Caps need root.
 bench-paging: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks.paging $(if $(QUICK),--quick) $(if $(FULL),--full) $(ARGS)
+
+# What routing costs beyond the experts: benchmarks/routing.py says how QUICK=1 and ARGS change it. A
+# picture needs matplotlib (the extra `bench`).
+bench-routing: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.routing $(if $(QUICK),--quick) $(ARGS)
 
 # Stubs of 1.76 run under every newer grpcio and protobuf 6 or 7.
 proto: $(VENV)/.installed-dev

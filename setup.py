@@ -80,6 +80,7 @@ setup(
         "xxhash>=3.4",
     ],
     extras_require={
+        "bench": ["matplotlib>=3.8"],
         "gpu": [TRITON],
         "dev": [
             "grpcio-tools==1.76.0",
