@@ -22,11 +22,23 @@ class DevicePlan:
     offsets: torch.Tensor
     """int32 (E + 1,): the picks of expert e are order[offsets[e]:offsets[e + 1]]."""
 
-    def on_host(self) -> RoutingPlan:
-        """What the expert cache has to know: a layer's one host-device synchronisation."""
-        bounds = self.offsets.tolist()
-        experts = tuple(e for e in range(len(bounds) - 1) if bounds[e] < bounds[e + 1])
-        return RoutingPlan(self.order, experts, (0, *(bounds[e + 1] for e in experts)))
+    def on_host(self, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> RoutingPlan:
+        """What the expert cache has to know: a layer's one host-device synchronisation.
+
+        Args:
+            expert_ids_TK: As `route` gave them.
+            weights_TK: As `route` gave them.
+        """
+        expert_ids, by_expert = expert_ids_TK.sort(dim=-1)
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(self.order), device=self.order.device)
+        return RoutingPlan(
+            expert_ids,
+            weights_TK.gather(1, by_expert),
+            self.order // expert_ids_TK.shape[1],
+            places.view(expert_ids_TK.shape).gather(1, by_expert),
+            tuple(self.offsets.tolist()),
+        )
 
 
 def route(

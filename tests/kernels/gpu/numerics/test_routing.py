@@ -52,11 +52,12 @@ def test_what_the_host_reads_is_the_plan_of_the_cpu():
     gate[3] = gate[6] = 0
     x[:] = x.abs()
     gate[1] = 1
-    _, ids, plan = route(x, gate, 2)
-    on_host, expected = plan.on_host(), plan_routing(ids, 8)
-    assert len(expected.experts) < 8
-    assert (on_host.experts, on_host.offsets) == (expected.experts, expected.offsets)
-    assert torch.equal(on_host.order, expected.order)
+    weights, ids, plan = route(x, gate, 2)
+    on_host, expected = plan.on_host(ids, weights), plan_routing(ids, weights, 8)
+    assert len(expected.experts()) < 8
+    assert on_host.offsets == expected.offsets
+    for field in ("expert_ids", "weights", "rows", "places"):
+        assert torch.equal(getattr(on_host, field), getattr(expected, field))
 
 
 def test_logits_are_rounded_before_they_are_compared():
@@ -119,7 +120,11 @@ def test_sums_have_the_bits_of_the_cpu_s(num_tokens, top_k, hidden_size):
     outputs = torch.randn(num_tokens * top_k, hidden_size, generator=generator).bfloat16()
     weights = torch.rand(num_tokens, top_k, generator=generator).softmax(-1)
     total = combine(outputs.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE))
-    assert torch.equal(total.cpu(), combine_on_cpu(outputs, ids, weights))
+    # The host's outputs are in the plan's order, a GPU's in that of tokens and choices.
+    plan, in_plan = plan_routing(ids, weights, 8), torch.empty_like(outputs)
+    by_token = outputs.view(num_tokens, top_k, hidden_size)
+    in_plan[plan.places] = by_token.take_along_dim(ids.argsort(dim=-1)[..., None], dim=1)
+    assert torch.equal(total.cpu(), combine_on_cpu(in_plan, plan))
     exact = outputs.double().view(num_tokens, top_k, -1) * weights.double()[..., None]
     bound = 2 * top_k * torch.finfo(torch.bfloat16).eps * exact.abs().sum(1)
     assert ((total.cpu() - exact.sum(1)).abs() <= bound).all()
