@@ -97,9 +97,12 @@ class ExpertRun:
         if out_MH is None:
             out_MH = torch.empty(x.num_rows, w2.rows, dtype=x.dtype, device=record.device)
         self._output = out_MH
-        # Kernels write where the weights are.
-        is_near = out_MH.device == record.device
-        self._computed = out_MH if is_near else torch.empty_like(out_MH, device=record.device)
+        # Kernels write where the weights are, and no float16.
+        dtype = torch.float32 if out_MH.dtype is torch.float16 else out_MH.dtype
+        is_served = out_MH.device == record.device and dtype is out_MH.dtype
+        self._computed = (
+            out_MH if is_served else torch.empty_like(out_MH, device=record.device, dtype=dtype)
+        )
         self._is_complete = False
         if self._is_compiled:
             shape = x.num_rows, w13.rows
