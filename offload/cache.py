@@ -321,7 +321,6 @@ class ExpertCache:
             except MoeServerError as error:
                 held.error = error
             self.counters.read_s += time.perf_counter() - started
-            self._keep_reading(missing, under_way)
             for other in under_way:
                 if other is not fetch and not still_wanted(other.expert.expert):
                     other.ticket.cancel()
@@ -331,6 +330,7 @@ class ExpertCache:
             held.dropped = held.dropped or held.error is not None
             if held.dropped:
                 return
+            self._keep_reading(missing, under_way)
             if now > arrived:
                 arrived = now
                 yield arrived
@@ -415,7 +415,7 @@ class ExpertCache:
         self._predicted = deque(expert for expert in self._predicted if expert.layer != layer)
         self._soon = frozenset(expert for expert in self._soon if expert.layer != layer)
         for fetch in list(self._coming.values()):
-            if fetch.ticket.done and not fetch.ticket.complete:
+            if fetch.ticket.error or (fetch.ticket.done and not fetch.ticket.complete):
                 # It failed. Who wants it now is owed a read of its own.
                 self._fetches.give_up(self._coming.pop(fetch.expert))
             elif fetch.expert in wanted:

@@ -3,6 +3,8 @@
 import errno
 import os
 import random
+import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -267,6 +269,35 @@ def test_a_wrong_prediction_leaves_its_place(shards, reader, monkeypatch):
     assert not wrong.complete
     assert cache.counters.cancelled == 1
     assert cache.counters.read_bytes < 3 * RECORD_BYTES
+
+
+def test_a_preload_that_failed_with_a_block_still_on_its_way_is_read_anew(
+    shards, reader, monkeypatch
+):
+    cache = make_cache(shards, reader, num_slots=2, num_records=0)
+    wanted = ExpertId(0, 1)
+    first = next(segment for segment in shards.records[wanted] if segment.record_offset == 0)
+    first_page = first.file_offset // PAGE_BYTES * PAGE_BYTES
+    real, opened, is_bad = os.preadv, threading.Event(), True
+
+    def preadv(descriptor, buffers, offset, *flags):
+        is_first = first.file.stat().st_ino == os.fstat(descriptor).st_ino
+        if is_bad and is_first and offset == first_page:
+            raise OSError(errno.EIO, "Input/output error")
+        if is_bad:
+            assert opened.wait(5)
+        return real(descriptor, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    cache.fill([wanted])
+    [(_, failed)] = reader.submitted
+    while failed.error is None:
+        time.sleep(0.001)
+    assert not failed.done, "the test needs a block that is still being read"
+    is_bad = False
+    opened.set()
+    acquire(cache, shards, 0, [1])
+    cache.check_integrity()
 
 
 def test_closing_waits_for_no_prediction(shards, reader, monkeypatch):
