@@ -291,6 +291,10 @@ def plan(
     assert expert_ids_TK.is_contiguous()
     assert num_experts <= MOST_EXPERTS
     num_tokens, top_k = expert_ids_TK.shape
+    if num_tokens:
+        least, most = expert_ids_TK.aminmax()
+        assert least >= 0
+        assert most < num_experts
     rows, places, offsets = _allocate_plan(num_tokens, top_k, num_experts)
     _library().moe_plan(
         expert_ids_TK.data_ptr(),

@@ -9,7 +9,8 @@ size, P = T * K.
 experts are compared by their float32 probabilities. Of experts that are exactly equal, the Hugging
 Face model takes those that `torch.topk` happens to leave in front: on a CPU what libstdc++'s
 std::nth_element makes of them (std::partial_sort from 64 experts per choice on), neither the first
-nor the last. The compiled kernels run the same algorithm on such tokens, so the choice is the same.
+nor the last. The compiled kernels run the same algorithm on such tokens, so the choice is the same
+(but where logits differ by less than the last bit of a probability, and exponentials are rounded).
 """
 
 from dataclasses import dataclass

@@ -316,6 +316,7 @@ class Model:
             if held.dropped:
                 out_NH.zero_()
                 return
+            run.output()  # asserts that it is complete
             arrivals = (layout.stride_bytes,)
 
     def _attach(self, layer: int, block: nn.Module) -> None:

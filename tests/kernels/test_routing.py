@@ -287,3 +287,10 @@ def test_the_sum_is_in_order_of_experts_whatever_the_order_of_choices(way, dtype
         # The test can fail: another order gives another sum.
         other = sum((outputs[:, c].float() * weights[:, c, None]).to(dtype) for c in range(4))
         assert not torch.equal(other, expected)
+
+
+@compiled
+@pytest.mark.parametrize("bad", [-1, 8, 300])
+def test_the_compiled_plan_takes_no_expert_that_there_is_not(bad):
+    with pytest.raises(AssertionError):
+        plan_routing(torch.tensor([[1, bad]]), torch.ones(1, 2), 8)
