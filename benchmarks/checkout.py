@@ -1,9 +1,10 @@
-"""Which commit a result belongs to. Knows git; every benchmark's report asks it."""
+"""Which commit a result belongs to, and where it is kept. Every benchmark's report asks it."""
 
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
 
 
 def commit() -> str:

@@ -12,7 +12,6 @@ Prints a table and one JSON line.
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import statistics
@@ -34,6 +33,7 @@ from moe_server.kernels.experts import ExpertRun
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
 from moe_server.kernels.products import linear, prepare
 from moe_server.offload.layout import RecordLayout
+from moe_server.offload.pages import map_pages
 
 HIDDEN, INTERMEDIATE = 4096, 14336
 FORMATS = (WeightFormat.BFLOAT16, WeightFormat.INT8, WeightFormat.INT4)
@@ -53,7 +53,7 @@ def main() -> None:
         raise SystemExit(f"nothing to measure: {native.unavailable_reason()}")
     native.set_num_threads(threads)
     torch.set_num_threads(threads)
-    buffer = make_buffer()
+    buffer = make_buffer(BUFFER_BYTES)
     results: dict[str, dict[str, float]] = {}
     ratios: dict[str, float] = {}
     bandwidths = []
@@ -84,13 +84,14 @@ def main() -> None:
     )
 
 
-def make_buffer() -> torch.Tensor:
+def make_buffer(nbytes: int) -> torch.Tensor:
     """Weights for every format: normal bfloat16 numbers, whose bytes do as codes and scales too."""
-    pages = mmap.mmap(-1, BUFFER_BYTES)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(pages, dtype=torch.uint8)
+    buffer = torch.frombuffer(map_pages(nbytes), dtype=torch.uint8)
     numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    buffer.view(torch.bfloat16).view(-1, len(numbers))[:] = numbers
+    pattern = numbers.view(torch.uint8)
+    for start in range(0, nbytes, len(pattern)):
+        part = buffer[start : start + len(pattern)]
+        part.copy_(pattern[: len(part)])
     return buffer
 
 

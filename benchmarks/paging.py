@@ -33,7 +33,6 @@ from benchmarks.contenders import OURS
 from benchmarks.loads import FULL_LOADS, LOADS, QUICK_LOADS
 from moe_server.budget import usable_cores
 
-RESULTS = checkout.ROOT / "benchmarks/results"
 REPETITIONS = 3
 FOLDER = "/var/tmp/moe-bench"  # noqa: S108  a cache: large, and kept over restarts
 MAX_GB = "45"
@@ -90,8 +89,8 @@ def _report(bench: Bench) -> None:
         "ratios": summary.ratios(samples, OURS),
         "unavailable": bench.unavailable,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"paging-{commit}.json").write_text(json.dumps(line, indent=1) + "\n")
+    checkout.RESULTS.mkdir(exist_ok=True)
+    (checkout.RESULTS / f"paging-{commit}.json").write_text(json.dumps(line, indent=1) + "\n")
     for of_key in found.values():
         for result in of_key.values():
             del result["runs"]

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from benchmarks import checkout
 from benchmarks.policy_simulator import Belady, LookAhead, Replayed, replay
@@ -26,7 +25,6 @@ from benchmarks.traces import Trace, recorded, synthetic
 from moe_server.offload.layout import ExpertId
 from moe_server.offload.policy import POLICIES, make_policy
 
-RESULTS = Path(__file__).parent / "results"
 QUICK = os.environ.get("QUICK", "") not in {"", "0"}
 SHARES = (0.25, 0.5, 0.78) if QUICK else (0.125, 0.25, 0.375, 0.5, 0.664, 0.78)
 """Of the experts that have slots: 32, 64, 96, 128, 170 and 200 of 256."""
@@ -184,9 +182,9 @@ def main() -> None:
         },
         "ratios": ratios(compared),
     }
-    RESULTS.mkdir(exist_ok=True)
+    checkout.RESULTS.mkdir(exist_ok=True)
     suffix = "-quick" if QUICK else ""
-    (RESULTS / f"policy-{commit}{suffix}.json").write_text(json.dumps(line) + "\n")
+    (checkout.RESULTS / f"policy-{commit}{suffix}.json").write_text(json.dumps(line) + "\n")
     print(json.dumps(line))
 
 

@@ -35,7 +35,6 @@ from moe_server.commands.startup import wait_ready
 from moe_server.config import load_config
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
-RESULTS = Path(__file__).parent / "results"
 READY_TIMEOUT_S = 1200
 PROMPT_TOKENS = 16
 
@@ -176,8 +175,8 @@ def _report(measured: dict[str, list[Measured]], checkpoint: Checkpoint) -> None
         "results": {name: [asdict(run) for run in runs] for name, runs in measured.items()},
         "ratios": {},
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"residency-{commit}.json").write_text(json.dumps(line) + "\n")
+    checkout.RESULTS.mkdir(exist_ok=True)
+    (checkout.RESULTS / f"residency-{commit}.json").write_text(json.dumps(line) + "\n")
     print(json.dumps(line))
 
 

@@ -40,7 +40,6 @@ from moe_server.budget import available_memory_bytes, usable_cores
 from moe_server.kernels import native
 from moe_server.kernels.formats import WeightFormat
 
-RESULTS = checkout.ROOT / "benchmarks/results"
 NUM_TOKENS = (1, 8, 32, 64, 2048)
 BARS_US = {1: 400.0, 8: 60.0, 64: 12.0, 2048: 5.0}
 """Of R - O, on two cores."""
@@ -50,7 +49,7 @@ FULL_SECONDS = {1: 90, 8: 120, 32: 120, 64: 120, 2048: 300}
 QUICK_SECONDS = {1: 15, 8: 20, 32: 20, 64: 25, 2048: 60}
 THIN_SECONDS, QUICK_THIN_SECONDS = 30, 8
 MIN_ROUNDS = 3
-PRODUCT_FLOP = 2 * routing_arms.HIDDEN * routing_arms.NUM_EXPERTS * routing_arms.NUM_LAYERS
+PRODUCT_FLOP = 2 * kernels.HIDDEN * routing_arms.NUM_EXPERTS * routing_summary.NUM_LAYERS
 """Of the router, per token."""
 
 
@@ -70,8 +69,8 @@ def main() -> int:
     weight_format = routing_arms.choose_format(available_memory_bytes(), FULL_LAYERS)
     if args.format:
         weight_format = WeightFormat(args.format)
-    full = Weights(weight_format, routing_arms.INTERMEDIATE, FULL_LAYERS)
-    thin = Weights(weight_format, routing_arms.THIN_INTERMEDIATE, routing_arms.NUM_LAYERS)
+    full = Weights(weight_format, kernels.INTERMEDIATE, FULL_LAYERS)
+    thin = Weights(weight_format, routing_arms.THIN_INTERMEDIATE, routing_summary.NUM_LAYERS)
     print(
         f"{weight_format.value} experts, {FULL_LAYERS} layers in turn ({full.nbytes / 1e9:.1f} GB,"
         f" of {available_memory_bytes() / 1e9:.0f} GB still free), {threads} threads",
@@ -188,10 +187,11 @@ def report(
         "ratios": routing_summary.ratios(results, weight_format.value),
     }
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"routing-{commit}.json").write_text(json.dumps(line, indent=1) + "\n")
+        checkout.RESULTS.mkdir(exist_ok=True)
+        (checkout.RESULTS / f"routing-{commit}.json").write_text(json.dumps(line, indent=1) + "\n")
         title = f"{kernels.hardware(threads)}, {weight_format.value} experts, {commit}"
-        print(routing_picture.draw(results, BARS_US, title, RESULTS / f"routing-{commit}.png"))
+        picture = checkout.RESULTS / f"routing-{commit}.png"
+        print(routing_picture.draw(results, BARS_US, title, picture))
     print(json.dumps(line))
 
 

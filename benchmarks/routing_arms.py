@@ -6,13 +6,14 @@ of the last one. Times a layer's parts itself: both the routed layer and the pla
 clock. Shape legend: T tokens, H hidden size, E experts.
 """
 
-import mmap
 import time
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.kernels import HIDDEN, INTERMEDIATE, make_buffer
+from benchmarks.routing_summary import NUM_LAYERS
 from moe_server.budget import EXPERT_ROWS
 from moe_server.kernels.experts import ExpertRun
 from moe_server.kernels.formats import WeightFormat
@@ -20,8 +21,8 @@ from moe_server.kernels.products import Activations, prepare
 from moe_server.kernels.routing import RoutingPlan, combine, route
 from moe_server.offload.layout import RecordLayout
 
-HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, NUM_LAYERS = 4096, 14336, 8, 2, 32
-"""Mixtral 8x7B's."""
+NUM_EXPERTS, TOP_K = 8, 2
+"""Mixtral 8x7B's, as the sizes are."""
 THIN_INTERMEDIATE = 128
 """Of the thin experts, which take so little time that routing shows beside them."""
 _INPUT_BYTES = 1 << 25
@@ -40,7 +41,7 @@ class Weights:
         self._expert = RecordLayout(HIDDEN, intermediate, weight_format)
         self._dense = RecordLayout(HIDDEN, TOP_K * intermediate, weight_format)
         self._layer_bytes = NUM_EXPERTS * self._expert.stride_bytes
-        self._buffer = _make_buffer(num_layers * self._layer_bytes)
+        self._buffer = make_buffer(num_layers * self._layer_bytes)
         self._num_layers = num_layers
         self._visits = 0
 
@@ -59,19 +60,6 @@ class Weights:
 def layer_bytes(weight_format: WeightFormat) -> int:
     """Of a layer of Mixtral's size."""
     return NUM_EXPERTS * RecordLayout(HIDDEN, INTERMEDIATE, weight_format).stride_bytes
-
-
-def _make_buffer(nbytes: int) -> torch.Tensor:
-    """Normal bfloat16 numbers, whose bytes do as codes and scales, too."""
-    pages = mmap.mmap(-1, nbytes)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    buffer = torch.frombuffer(pages, dtype=torch.uint8)
-    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    pattern = numbers.view(torch.uint8)
-    for start in range(0, nbytes, len(pattern)):
-        part = buffer[start : start + len(pattern)]
-        part.copy_(pattern[: len(part)])
-    return buffer
 
 
 @dataclass(frozen=True, slots=True)

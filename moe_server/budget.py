@@ -129,7 +129,8 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     slot = checkpoint.record_layout.stride_bytes
     total = len(checkpoint.experts)
     minimum = dense + kv + workspace + slot
-    budget = _device_budget(config, checkpoint, minimum, minimum + (total - 1) * slot)
+    runtime = runtime_bytes(config, checkpoint)
+    budget = _device_budget(config, runtime, minimum, minimum + (total - 1) * slot)
     if budget < minimum:
         raise MoeServerError(
             f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense "
@@ -164,7 +165,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
         expert_bytes=checkpoint.record_layout.weight_bytes,
         num_experts_total=total,
         num_blocks=num_blocks,
-        runtime_bytes=runtime_bytes(config, checkpoint),
+        runtime_bytes=runtime,
         max_request_tokens=max_request,
     )
 
@@ -286,7 +287,7 @@ def _refuse_unserved_format(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _device_budget(config: Config, checkpoint: Checkpoint, minimum: int, everything: int) -> int:
+def _device_budget(config: Config, runtime: int, minimum: int, everything: int) -> int:
     if config.device_memory == "min":
         return minimum
     if config.device_memory is not None:
@@ -297,7 +298,7 @@ def _device_budget(config: Config, checkpoint: Checkpoint, minimum: int, everyth
             "Give --device-memory, for example 24GiB.",
             field="device_memory",
         )
-    free = available_memory_bytes() - runtime_bytes(config, checkpoint) - config.host_memory
+    free = available_memory_bytes() - runtime - config.host_memory
     return min(everything, max(minimum, int(0.9 * free)))
 
 
