@@ -144,7 +144,7 @@ def _of_expert(
 
 def _of_router(num_experts: int, top_k: int) -> Iterator[Program]:
     tile = router_tile(num_experts)
-    outputs = {"weights": "*fp32", "ids": "*i64", "num_tokens": "i32"}
+    outputs = {"logits": "*bf16", "weights": "*fp32", "ids": "*i64", "num_tokens": "i32"}
     counts = {"tile_counts": "*i32"}
     plan = {"order": "*i64", "offsets": "*i32"}
     sizes = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "BLOCK_T": tile.tokens}

@@ -43,8 +43,11 @@ class RoutingPlan:
 
     def experts(self) -> list[int]:
         """Experts with at least one pick, ascending."""
-        offsets = self.offsets
-        return [e for e in range(len(offsets) - 1) if offsets[e] < offsets[e + 1]]
+        return [e for e in range(len(self.offsets) - 1) if self.count_of(e)]
+
+    def count_of(self, expert: int) -> int:
+        """How many picks an expert has."""
+        return self.offsets[expert + 1] - self.offsets[expert]
 
     def picks_of(self, expert: int) -> slice:
         """The picks of one expert."""

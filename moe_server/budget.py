@@ -271,9 +271,18 @@ def _refuse_other_format(config: Config, checkpoint: Checkpoint) -> None:
 
 def _refuse_unserved_format(config: Config, checkpoint: Checkpoint) -> None:
     stored = checkpoint.stored
-    if config.device == "cuda" and (stored.experts.is_integer or stored.dense_int8):
+    on_gpu = config.device == "cuda"
+    if on_gpu and stored.dense_int8:
         raise MoeServerError(
-            f"{checkpoint.path} holds integer weights, which are computed on a CPU only so far.",
+            f"{checkpoint.path} holds its dense weights in int8, which are computed on a CPU only.",
+            "Serve it with --device cpu, or pack it with --dense-format checkpoint.",
+            reason=Reason.UNSUPPORTED,
+            field="device",
+        )
+    if on_gpu and stored.experts.is_integer and checkpoint.dtype != "bfloat16":
+        raise MoeServerError(
+            f"{checkpoint.path} holds {stored.experts.value} experts of a {checkpoint.dtype} model;"
+            " a GPU computes those of bfloat16 models.",
             "Serve it with --device cpu, or serve the checkpoint it was packed from.",
             reason=Reason.UNSUPPORTED,
             field="device",
@@ -326,6 +335,8 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
         one_expert += _quantised_bytes(tokens, hidden) + _quantised_bytes(at_once, intermediate)
         # Without compiled kernels some rows of a matrix are dequantised at a time, in four steps.
         one_expert += 4 * 4 * DEQUANTISED_ROWS * max(hidden, intermediate)
+    if config.device == "cuda":
+        one_expert = max(one_expert, picks * intermediate * item)  # all experts are one launch
     experts = combining + one_expert
     # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
     logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)

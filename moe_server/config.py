@@ -164,6 +164,9 @@ class Config(Section):
     """Read what the next layer will probably want while the disk has nothing better to do."""
     allow_pageable: bool = False
     """On CUDA: go on where host memory cannot be pinned. Copies to the device are slower then."""
+    host_compute: bool = False
+    """On CUDA: compute an expert in host memory where that takes less time than copying it. Sums
+    are rounded in another order there, so a token may then depend on where an expert was."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads for computing; unset: one for each core this process may use."""
 

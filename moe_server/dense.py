@@ -13,6 +13,8 @@ from torch import nn
 from moe_server.checkpoint import Checkpoint
 from moe_server.kernels.dense import int8_embedding, int8_linear
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
+from moe_server.kernels.gpu.routing import DevicePlan
+from moe_server.kernels.gpu.routing import route as route_on_gpu
 from moe_server.kernels.products import are_compiled, linear, prepare
 from moe_server.kernels.routing import route
 from moe_server.mixtral import Router
@@ -21,8 +23,21 @@ EMBEDDING = "model.embed_tokens"
 OUTPUT = "lm_head"
 
 
-def use_kernels(module: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Replaces linear layers, routers and the embedding where they are ours to compute."""
+def use_kernels(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    routes_on_gpu: bool = False,
+) -> None:
+    """Replaces linear layers, routers and the embedding where they are ours to compute.
+
+    Args:
+        module: The model, before its weights are loaded.
+        checkpoint: How they are stored.
+        device: Where they will be.
+        routes_on_gpu: The experts take the plans of the GPU's routing.
+    """
     dtype: torch.dtype = getattr(torch, checkpoint.dtype)
     has_kernels = (
         device.type == "cpu" and dtype == torch.bfloat16 and are_compiled(WeightFormat.BFLOAT16)
@@ -36,6 +51,8 @@ def use_kernels(module: nn.Module, checkpoint: Checkpoint, device: torch.device)
             ours = Int8Linear(layout)
         elif isinstance(child, nn.Linear) and has_kernels and len(list(child.parameters())) == 1:
             ours = KernelLinear(child)
+        elif isinstance(child, Router) and routes_on_gpu:
+            ours = GpuRouter(child)
         elif name.endswith(".gate") and has_kernels and not isinstance(child, Router):
             ours = KernelRouter(child)
         if ours is not None:
@@ -62,6 +79,19 @@ class KernelLinear(nn.Module):
         """(..., K) to (..., N)."""
         product_MN = _product(x.reshape(-1, x.shape[-1]), self.weight)
         return product_MN.view(*x.shape[:-1], self._out_features)
+
+
+class GpuRouter(nn.Module):
+    """A router whose plan the host has not seen."""
+
+    def __init__(self, replaced: Router) -> None:
+        super().__init__()
+        self.weight = replaced.weight
+        self._top_k = replaced.top_k
+
+    def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, DevicePlan]:
+        """Router logits (T, E), and the plan."""
+        return route_on_gpu(x_TH.contiguous(), self.weight, self._top_k)
 
 
 class KernelRouter(nn.Module):

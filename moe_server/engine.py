@@ -25,12 +25,13 @@ from moe_server.messages import (
     Submit,
     TokenEvent,
 )
-from moe_server.model import Model, StepInput
+from moe_server.model import Model
 from moe_server.offload.counters import CacheCounters
 from moe_server.offload.tiers import MoveCounters
 from moe_server.sampler import Sampled, sample
 from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
+from moe_server.step import StepInput
 from moe_server.weights import Weights
 
 
@@ -158,8 +159,8 @@ class Engine:
             timings.read_bytes += after.cache.read_bytes - before.cache.read_bytes
 
     def _spent(self) -> "_Spent":
-        cache = self.cache
-        return _Spent(self.model.router_s, replace(cache.counters), replace(cache.tiers.counters))
+        cache, router_s = self.cache, self.model.experts.router_s
+        return _Spent(router_s, replace(cache.counters), replace(cache.tiers.counters))
 
     def _without_broken(
         self, logits: torch.Tensor, sequences: list[Sequence]

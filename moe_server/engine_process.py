@@ -6,6 +6,7 @@ idle. Ends on Shutdown or when the supervisor is gone; Ctrl-C is the supervisor'
 """
 
 import ctypes
+import importlib.util
 import os
 import signal
 import sys
@@ -144,6 +145,13 @@ def _check_cuda() -> None:
         raise MoeServerError(
             "device is cuda, but torch finds no GPU.",
             "Use --device cpu, or install a CUDA build of torch and the driver.",
+            reason=Reason.UNSUPPORTED,
+            field="device",
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise MoeServerError(
+            "device is cuda, but Triton, which its kernels are written in, is not installed.",
+            "Install it: pip install 'moe-server[gpu]'.",
             reason=Reason.UNSUPPORTED,
             field="device",
         )

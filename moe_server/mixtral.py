@@ -130,10 +130,10 @@ class Router(nn.Module):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(checkpoint.num_experts, checkpoint.hidden_size))
-        self._top_k = checkpoint.num_experts_per_token
+        self.top_k = checkpoint.num_experts_per_token
 
     def forward(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, RoutingPlan]:
-        return route(x_TH, self.weight, self._top_k)
+        return route(x_TH, self.weight, self.top_k)
 
 
 class Experts(nn.Module):

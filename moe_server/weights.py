@@ -16,6 +16,7 @@ from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook
+from moe_server.offload.cost import CostModel
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.pages import map_pages
 from moe_server.offload.reader import Reader, ReadTicket
@@ -57,6 +58,10 @@ class Weights:
             device=config.device,
             reader=self.reader,
             policy=config.expert_policy,
+            cost=CostModel(
+                shared_memory=config.device == "cpu",
+                computes_in_place=config.device == "cpu" or config.host_compute,
+            ),
             allow_pageable=config.allow_pageable,
         )
         self._plan = plan

@@ -59,16 +59,35 @@ class Held:
     arrivals: Iterator[int]
     """How many of the record's first bytes are there, growing; ends when all are, or with
     `dropped`."""
-    in_host: bool = False
-    """True where it is computed in host memory."""
+    slot: int | None = None
+    """The device slot that it is in; None: it is computed in host memory."""
     dropped: bool = False
     """True once it is known that not all of it will come: nobody wants it any more, or `error`."""
     error: MoeServerError | None = None
     """Why it could not be read."""
 
+    @property
+    def in_host(self) -> bool:
+        """True where it is computed in host memory."""
+        return self.slot is None
+
 
 def _always(_expert: int) -> bool:
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Still:
+    """What one `acquire` has still to yield, and who wants it."""
+
+    num_rows: Mapping[ExpertId, int]
+    wanted: Callable[[int], bool]
+    host_hits: deque[ExpertId]
+    missing: deque[ExpertId]
+    under_way: list[Fetch]
+
+    def to_come(self) -> bool:
+        return bool(self.host_hits or self.missing or self.under_way)
 
 
 class ExpertCache:
@@ -167,7 +186,8 @@ class ExpertCache:
         host_hits = [expert for expert in wanted if expert in self._in_host.places]
         under_way = [self._claim(expert) for expert in wanted if expert in self._coming]
         known = {*hits, *host_hits, *(fetch.expert for fetch in under_way)}
-        missing = deque(expert for expert in wanted if expert not in known)
+        missing = [expert for expert in wanted if expert not in known]
+        still = _Still(num_rows, still_wanted, deque(host_hits), deque(missing), under_way)
         self._in_use.update(wanted)
         self.counters.device_hits += len(hits)
         self.counters.host_hits += len(host_hits)
@@ -177,37 +197,18 @@ class ExpertCache:
         self.tiers.regret(missing)
         try:
             self._looked = time.perf_counter()
-            self._keep_reading(missing, under_way)
+            self._keep_reading(still)
             for expert in hits:
-                yield self._held(expert, self.tiers.slot_of(expert))
-                self._done_with(expert, missing, under_way)
-            for expert in host_hits:
-                self._fetches.collect_left()
-                memory, in_host = self.tiers.bring_from_host(expert, num_rows[expert])
-                yield self._held(expert, memory, in_host=in_host)
-                self._done_with(expert, missing, under_way)
-            while missing or under_way:
-                for expert in [one for one in missing if not still_wanted(one.expert)]:
-                    missing.remove(expert)
-                    self._in_use.discard(expert)
-                    memory = self.tiers.memory(self._on_device, 0)
-                    yield Held(expert.expert, memory, iter(()), dropped=True)
-                self._keep_reading(missing, under_way)
-                if not under_way:
-                    if missing:
-                        self._fetches.await_one_that_leaves()
-                    continue
-                fetch = _first_done(under_way)
-                held = self._held_while_arriving(fetch, missing, under_way, num_rows, still_wanted)
-                yield held
-                under_way.remove(fetch)
-                if held.dropped:
-                    # No prefetch either: those who would want it may be gone.
-                    self._fetches.abandon([fetch])
-                    self._in_use.discard(fetch.expert)
-                else:
-                    self._fetches.finish(fetch)
-                    self._done_with(fetch.expert, missing, under_way)
+                yield self._held(expert, self._on_device.places[expert])
+                self._done_with(expert, still)
+            while still.to_come():
+                yield from self._bring_from_host(still)
+                yield from self._drop_unwanted(still)
+                self._keep_reading(still)
+                if still.under_way:
+                    yield from self._take_arriving(still)
+                elif still.to_come():
+                    self._await_a_place(still)
         finally:
             self._in_use.clear()
             self._fetches.abandon(under_way)
@@ -273,23 +274,67 @@ class ExpertCache:
 
     # Yielding
 
-    def _held(self, expert: ExpertId, memory: "torch.Tensor", *, in_host: bool = False) -> Held:
-        return Held(expert.expert, memory, iter((self._stride_bytes,)), in_host=in_host)
+    def _held(self, expert: ExpertId, slot: int | None) -> Held:
+        tier = self._in_host if slot is None else self._on_device
+        memory = self.tiers.memory(tier, tier.places[expert])
+        return Held(expert.expert, memory, iter((self._stride_bytes,)), slot)
 
-    def _held_while_arriving(
-        self,
-        fetch: Fetch,
-        missing: deque[ExpertId],
-        under_way: list[Fetch],
-        num_rows: Mapping[ExpertId, int],
-        still_wanted: Callable[[int], bool],
-    ) -> Held:
+    def _bring_from_host(self, still: _Still) -> Iterator[Held]:
+        """Yields the experts in host memory for which there is a place to be computed in."""
+        for _ in range(len(still.host_hits)):
+            expert = still.host_hits.popleft()
+            self._fetches.collect_left()
+            slot = self.tiers.bring_from_host(expert, still.num_rows[expert])
+            if slot is None and not self.tiers.cost.computes_in_place:
+                still.host_hits.append(expert)  # all slots are being read into
+                continue
+            yield self._held(expert, slot)
+            self._done_with(expert, still)
+
+    def _drop_unwanted(self, still: _Still) -> Iterator[Held]:
+        """Yields the missing experts that nobody wants any more."""
+        for expert in [one for one in still.missing if not still.wanted(one.expert)]:
+            still.missing.remove(expert)
+            self._in_use.discard(expert)
+            memory = self.tiers.memory(self._on_device, 0)
+            yield Held(expert.expert, memory, iter(()), dropped=True)
+
+    def _take_arriving(self, still: _Still) -> Iterator[Held]:
+        """Yields the next expert that is on its way, while it arrives or when it is there."""
+        fetch = _first_done(still.under_way)
+        held = self._held_while_arriving(fetch, still)
+        if fetch.tier is self._in_host and not self.tiers.cost.computes_in_place:
+            for _ in held.arrivals:
+                pass
+            if not held.dropped:
+                still.under_way.remove(fetch)
+                self._fetches.finish(fetch)
+                still.host_hits.append(fetch.expert)
+                return
+        yield held
+        still.under_way.remove(fetch)
+        if held.dropped:
+            # No prefetch either: those who would want it may be gone.
+            self._fetches.abandon([fetch])
+            self._in_use.discard(fetch.expert)
+        else:
+            self._fetches.finish(fetch)
+            self._done_with(fetch.expert, still)
+
+    def _await_a_place(self, still: _Still) -> None:
+        """Nothing can be read or brought: predictions and reads that were given up hold places."""
+        if still.host_hits:
+            self._displace()
+        if self._fetches.leaving:
+            self._fetches.await_one_that_leaves()
+
+    def _held_while_arriving(self, fetch: Fetch, still: _Still) -> Held:
         is_in_host = fetch.staging is not None or fetch.tier is self._in_host
-        memory = self._fetches.memory(fetch)
-        held = Held(fetch.expert.expert, memory, iter(()), in_host=is_in_host)
-        held.arrivals = self._arrivals(fetch, held, missing, under_way, still_wanted)
+        slot = None if is_in_host else fetch.place
+        held = Held(fetch.expert.expert, self._fetches.memory(fetch), iter(()), slot)
+        held.arrivals = self._arrivals(fetch, held, still)
         if fetch.staging is not None:
-            self._take_from_staging(fetch, held, num_rows[fetch.expert])
+            self._take_from_staging(fetch, held, still.num_rows[fetch.expert])
         return held
 
     def _take_from_staging(self, fetch: Fetch, held: Held, rows: int) -> None:
@@ -302,16 +347,9 @@ class ExpertCache:
             if self.tiers.cost.copy_pays(rows, self._stride_bytes):
                 self._fetches.copy_to_place(fetch)
                 held.memory = self._fetches.memory(fetch)
-                held.in_host = False
+                held.slot = fetch.place
 
-    def _arrivals(
-        self,
-        fetch: Fetch,
-        held: Held,
-        missing: deque[ExpertId],
-        under_way: list[Fetch],
-        still_wanted: Callable[[int], bool],
-    ) -> Iterator[int]:
+    def _arrivals(self, fetch: Fetch, held: Held, still: _Still) -> Iterator[int]:
         arrived = now = 0
         ticket = fetch.ticket
         while not ticket.complete or arrived < ticket.arrived_bytes:
@@ -321,36 +359,34 @@ class ExpertCache:
             except MoeServerError as error:
                 held.error = error
             self.counters.read_s += time.perf_counter() - started
-            for other in under_way:
-                if other is not fetch and not still_wanted(other.expert.expert):
+            for other in still.under_way:
+                if other is not fetch and not still.wanted(other.expert.expert):
                     other.ticket.cancel()
-            if not still_wanted(held.expert):
+            if not still.wanted(held.expert):
                 held.error = None  # if there is one, it is nobody's
                 held.dropped = True
             held.dropped = held.dropped or held.error is not None
             if held.dropped:
                 return
-            self._keep_reading(missing, under_way)
+            self._keep_reading(still)
             if now > arrived:
                 arrived = now
                 yield arrived
 
-    def _done_with(
-        self, expert: ExpertId, missing: deque[ExpertId], under_way: list[Fetch]
-    ) -> None:
+    def _done_with(self, expert: ExpertId, still: _Still) -> None:
         """The caller has computed `expert`: its place may be given to another."""
         self._in_use.discard(expert)
-        self._keep_reading(missing, under_way)
+        self._keep_reading(still)
 
     # From disk
 
-    def _keep_reading(self, missing: deque[ExpertId], under_way: list[Fetch]) -> None:
+    def _keep_reading(self, still: _Still) -> None:
         """A look at the disk: gives it something to read if it would run out of that."""
         now = time.perf_counter()
         self._look_s = max(now - self._looked, self._look_s * _LOOK_MEMORY)
         self._looked = now
-        self._start_fetches(missing, under_way)
-        if not missing and self._runs_dry(under_way):
+        self._start_fetches(still.missing, still.under_way)
+        if not still.missing and self._runs_dry(still.under_way):
             self._prefetch()
 
     def _runs_dry(self, under_way: Sequence[Fetch]) -> bool:

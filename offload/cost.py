@@ -43,9 +43,11 @@ class CostModel:
 
     Args:
         shared_memory: Device and host memory are the same RAM: computing is as fast from either.
+        computes_in_place: An expert in host memory of its own may be computed there.
     """
 
     shared_memory: bool
+    computes_in_place: bool = True
     disk: Speed = field(default_factory=Speed)
     copy: Speed = field(default_factory=Speed)
     """Between host memory and the device, either way."""
@@ -64,7 +66,7 @@ class CostModel:
 
     def wants_compute(self, rows: int, *, in_host: bool) -> bool:
         """True where it should be told how long the next expert takes over `rows` rows."""
-        if self.shared_memory:
+        if self.shared_memory or not self.computes_in_place:
             return False
         self.computed += 1
         table = self.on_host if in_host else self.on_device
@@ -86,6 +88,8 @@ class CostModel:
         """
         if self.shared_memory:
             return False
+        if not self.computes_in_place:
+            return True
         size = rows.bit_length()
         in_place = self.on_host.get(size, Speed()).seconds(nbytes)
         if in_place is None:

@@ -80,13 +80,15 @@ class Tiers:
     ) -> None:
         self.cost = cost
         self.counters = MoveCounters()
-        on_gpu = device != "cpu"
+        self.on_gpu = device != "cpu"
         self.slots: Arena | torch.Tensor = (
             _gpu_slots(num_slots, stride_bytes, device)
-            if on_gpu
+            if self.on_gpu
             else Arena(num_slots, stride_bytes)
         )
-        self.host = Arena(num_records, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable)
+        self.host = Arena(
+            num_records, stride_bytes, pinned=self.on_gpu, allow_pageable=allow_pageable
+        )
         self.on_device = Tier(
             make_policy(policy, num_slots, num_layers), free=list(range(num_slots))[::-1]
         )
@@ -107,15 +109,18 @@ class Tiers:
         arena = self.slots if tier is self.on_device else self.host
         return arena[place]
 
-    def slot_of(self, expert: ExpertId) -> "torch.Tensor":
-        """The record of an expert that is on the device."""
-        return self.slots[self.on_device.places[expert]]
+    def slots_of(self, layer: int, experts: Iterable[int]) -> dict[int, int]:
+        """The slots of those of a layer's experts that are on the device."""
+        places = self.on_device.places
+        slots = {expert: places.get(ExpertId(layer, expert)) for expert in experts}
+        return {expert: slot for expert, slot in slots.items() if slot is not None}
 
-    def bring_from_host(self, expert: ExpertId, rows: int) -> "tuple[torch.Tensor, bool]":
+    def bring_from_host(self, expert: ExpertId, rows: int) -> int | None:
         """Where to compute an expert of the host tier over `rows` rows.
 
         Returns:
-            The memory, and whether that is host memory: else it is on the device now.
+            The slot that it is in now; None: it stays in host memory, as that takes less time or
+            as there is no slot to be had now.
         """
         if expert in self._demoted_unused:
             self._demoted_unused.discard(expert)
@@ -124,10 +129,11 @@ class Tiers:
             slot = self._promote(expert)
             if slot is not None:
                 self.cost.copied += 1
-                return self.slots[slot], False
-        self.cost.computed_in_place += 1
-        self.in_host.policy.touch(expert)
-        return self.host[self.in_host.places[expert]], True
+                return slot
+        if self.cost.computes_in_place:
+            self.cost.computed_in_place += 1
+            self.in_host.policy.touch(expert)
+        return None
 
     def evict(self, expert: ExpertId) -> int:
         """Takes an expert off the device: to the host tier if that pays, else it is forgotten.

@@ -183,6 +183,31 @@ def test_a_gpu_needs_a_budget():
     assert caught.value.field == "device_memory"
 
 
+def test_a_gpu_takes_integer_experts_of_bfloat16_models_only():
+    config = make_config(device="cuda", device_memory=GIB, host_memory=GIB)
+    checkpoint = make_checkpoint()
+    int4 = StoreFormat(WeightFormat.BFLOAT16, WeightFormat.INT4, GROUP_COLUMNS)
+    assert plan_memory(config, replace(checkpoint, stored=int4)).num_slots == 16
+    for stored, says in (
+        (replace(int4, dtype=WeightFormat.FLOAT16), "float16 model"),
+        (replace(int4, dense_int8=True), "dense weights in int8"),
+    ):
+        with pytest.raises(MoeServerError, match=says) as caught:
+            plan_memory(config, replace(checkpoint, stored=stored))
+        assert caught.value.field == "device"
+
+
+def test_on_a_gpu_all_experts_of_a_layer_are_computed_at_once():
+    checkpoint = make_checkpoint(hidden=4096, intermediate=14336)
+    flags = {"device_memory": 40 * GIB, "host_memory": GIB, "scheduler.max_batch_tokens": 2048}
+    on_gpu, on_cpu = (
+        plan_memory(make_config(device=device, **flags), checkpoint) for device in ("cuda", "cpu")
+    )
+    gate_times_up = 2 * 2048 * 14336 * 2
+    assert on_gpu.workspace_bytes > on_cpu.workspace_bytes
+    assert on_gpu.workspace_bytes >= gate_times_up + 2 * 2048 * 4096 * 2
+
+
 @pytest.mark.parametrize("free", [10**6, GIB, 100 * GIB])
 def test_without_a_budget_it_takes_all_experts_or_most_of_what_is_free(monkeypatch, free):
     checkpoint = make_checkpoint(hidden=4096, intermediate=14336)

@@ -181,7 +181,7 @@ def test_only_requests_that_want_the_unreadable_expert_fail(shards, disk):
             # Nothing of it is in memory: others took its place.
             for other in range(TINY.experts):
                 if other != expert:
-                    engine.model.touch_expert(layer, other)
+                    engine.model.experts.touch(layer, other)
             assert_not_near(engine, layer, expert)
             disk.fault = breaking(disk, ranges_of(engine, layer, expert))
             for request in requests:

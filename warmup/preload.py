@@ -51,6 +51,6 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
     for layer in range(checkpoint.num_layers):
         for expert in range(checkpoint.num_experts):
             calibration.next()
-            engine.model.touch_expert(layer, expert)
+            engine.model.experts.touch(layer, expert)
             touched((layer * checkpoint.num_experts + expert + 1) * plan.expert_bytes)
     calibration.conclude()

@@ -17,22 +17,25 @@ Expert = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def route_reference(
     x_TH: torch.Tensor, gate_EH: torch.Tensor, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor, DevicePlan]:
-    """As `routing.route`, but for the weights' dtype: float64."""
+) -> tuple[torch.Tensor, DevicePlan]:
+    """As `routing.route`, but for the dtype of logits and weights: float64."""
     logits_TE = F.linear(x_TH.double(), gate_EH.double()).to(x_TH.dtype).double()
     by_logit_TE = torch.sort(logits_TE, dim=-1, descending=True, stable=True).indices
     ids_TK = by_logit_TE[:, :top_k]
     weights_TK = logits_TE.softmax(-1).gather(1, ids_TK)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return weights_TK, ids_TK, plan_reference(ids_TK, gate_EH.shape[0])
+    return logits_TE, plan_reference(ids_TK, gate_EH.shape[0], weights_TK)
 
 
-def plan_reference(ids_TK: torch.Tensor, num_experts: int) -> DevicePlan:
-    """The plan of a choice."""
+def plan_reference(
+    ids_TK: torch.Tensor, num_experts: int, weights_TK: torch.Tensor | None = None
+) -> DevicePlan:
+    """The plan of a choice; weights are ones where they do not matter."""
     picks = ids_TK.flatten()
     counts = torch.bincount(picks, minlength=num_experts)
     offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    return DevicePlan(torch.argsort(picks, stable=True), offsets.int())
+    weights = torch.ones_like(ids_TK, dtype=torch.float64) if weights_TK is None else weights_TK
+    return DevicePlan(ids_TK, weights, torch.argsort(picks, stable=True), offsets.int())
 
 
 def swiglu_reference(

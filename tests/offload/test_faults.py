@@ -18,6 +18,7 @@ import torch
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook, checksums
+from moe_server.offload.cost import CostModel
 from moe_server.offload.layout import PAGE_BYTES, ExpertId
 from moe_server.offload.reader import Reader
 from tests.offload.test_cache import (
@@ -166,6 +167,8 @@ def one_layer(cache: ExpertCache, shards: Shards, choose: random.Random, seen: S
     yielded = []
     for held in groups:
         yielded.append(held.expert)
+        if not cache.tiers.cost.computes_in_place:
+            assert held.slot is not None or held.dropped
         if stop_after is not None and len(yielded) > stop_after:
             for _ in range(choose.randint(0, 2)):
                 next(held.arrivals, None)
@@ -252,6 +255,20 @@ def test_any_mixture_of_faults_through_staging(
     try:
         cache = make_cache(shards, reader, (4, 3), PRICES[prices], num_staging)
         mistreat(cache, shards, reader, seed, monkeypatch)
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("sizes", [(1, 0), (1, 3), (2, 2), (4, 3)], ids=str)
+@pytest.mark.parametrize("num_staging", [1, 2])
+def test_any_mixture_of_faults_where_all_is_computed_on_the_device(
+    shards, monkeypatch, pretend_gpu, num_staging, sizes
+):
+    reader = Reader(3, PAGE_BYTES, make_book(shards))
+    try:
+        prices = CostModel(shared_memory=False, computes_in_place=False)
+        cache = make_cache(shards, reader, sizes, prices, num_staging)
+        mistreat(cache, shards, reader, 200 + 10 * num_staging + sum(sizes), monkeypatch)
     finally:
         reader.close()
 

@@ -18,6 +18,7 @@ from moe_server.kernels.gpu.programs.arithmetic import add_product, to_bfloat16
 def choose(
     x,
     gate,
+    logits,
     weights,
     ids,
     num_tokens,
@@ -29,7 +30,7 @@ def choose(
     BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Writes the weights and numbers of a tile's experts.
+    """Writes the logits of a tile's tokens, and the weights and numbers of their experts.
 
     Returns:
         int32 (T, E): the choice that an expert is of a token, 0 the best, -1 none.
@@ -55,7 +56,11 @@ def choose(
         gate_SHE = tl.load(gate_row + of_gate, mask=is_gate, other=0.0)
         sums_STE = add_product(sums_STE, x_STH, gate_SHE)
     # As transformers rounds them: experts that differ by less are equal.
-    logits_TE = to_bfloat16(tl.sum(sums_STE, 0)).to(tl.float32)
+    rounded_TE = to_bfloat16(tl.sum(sums_STE, 0))
+    is_logit_TE = is_token[:, None] & (expert[None, :] < NUM_EXPERTS)
+    of_token_T = logits + token.to(tl.int64) * NUM_EXPERTS
+    tl.store(of_token_T[:, None] + expert[None, :], rounded_TE, mask=is_logit_TE)
+    logits_TE = rounded_TE.to(tl.float32)
     logits_TE = tl.where(expert[None, :] < NUM_EXPERTS, logits_TE, -float("inf"))
     largest_T = tl.max(logits_TE, 1)
     powers_TE = tl.exp(logits_TE - largest_T[:, None])
@@ -103,6 +108,7 @@ def store_offsets(offsets, count_E, end_E, NUM_EXPERTS: tl.constexpr, PADDED: tl
 def route_one_tile(
     x,
     gate,
+    logits,
     weights,
     ids,
     order,
@@ -120,6 +126,7 @@ def route_one_tile(
     Args:
         x: bfloat16 (num_tokens, HIDDEN).
         gate: bfloat16 (NUM_EXPERTS, HIDDEN).
+        logits: bfloat16 (num_tokens, NUM_EXPERTS).
         weights: float32 (num_tokens, TOP_K).
         ids: int64 (num_tokens, TOP_K).
         order: int64 (num_tokens * TOP_K,).
@@ -128,8 +135,9 @@ def route_one_tile(
     """
     PADDED: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
     choice_TE = choose(
-        x, gate, weights, ids, num_tokens, 0, NUM_EXPERTS, TOP_K, HIDDEN, BLOCK_T, BLOCK_H, PARTS
-    )
+        x, gate, logits, weights, ids, num_tokens, 0,
+        NUM_EXPERTS, TOP_K, HIDDEN, BLOCK_T, BLOCK_H, PARTS,
+    )  # fmt: skip
     count_E = tl.sum((choice_TE >= 0).to(tl.int32), 0)
     end_E = tl.cumsum(count_E, 0)
     store_offsets(offsets, count_E, end_E, NUM_EXPERTS, PADDED)
@@ -140,6 +148,7 @@ def route_one_tile(
 def choose_and_count(
     x,
     gate,
+    logits,
     weights,
     ids,
     tile_counts,
@@ -155,7 +164,7 @@ def choose_and_count(
     PADDED: tl.constexpr = triton.next_power_of_2(NUM_EXPERTS)
     tile = tl.program_id(0)
     choice_TE = choose(
-        x, gate, weights, ids, num_tokens, tile * BLOCK_T,
+        x, gate, logits, weights, ids, num_tokens, tile * BLOCK_T,
         NUM_EXPERTS, TOP_K, HIDDEN, BLOCK_T, BLOCK_H, PARTS,
     )  # fmt: skip
     expert = tl.arange(0, PADDED)
