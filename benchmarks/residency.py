@@ -16,11 +16,8 @@ import json
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,10 +25,10 @@ import torch
 
 from benchmarks import checkout
 from benchmarks.ceilings import disk_bytes_per_s, memory_bytes_per_s
+from benchmarks.serving import running_server
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import Checkpoint, read_checkpoint
 from moe_server.client import Client
-from moe_server.commands.startup import wait_ready
 from moe_server.config import load_config
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
@@ -84,7 +81,8 @@ def main() -> None:
     for number in range(args.rounds):
         for arm in ARMS:
             disk = disk_bytes_per_s(shards, checkpoint.record_layout.weight_bytes)
-            with _server(args.model, _flags(arm, checkpoint, args.model), args.port) as client:
+            flags = _flags(arm, checkpoint, args.model)
+            with running_server(args.model, flags, args.port, READY_TIMEOUT_S) as client:
                 ready_s = client.status().startup.elapsed.ToNanoseconds() / 1e9
                 result = _measure(client, checkpoint, args.new_tokens, number)
             measured[arm.name].append(Measured(ready_s, *result, disk))
@@ -99,22 +97,6 @@ def _flags(arm: Arm, checkpoint: Checkpoint, model: Path) -> list[str]:
     device = plan.fixed_bytes + slots * plan.slot_bytes
     host = round(arm.host_share * plan.num_experts_total) * plan.slot_bytes
     return ["--device-memory", str(device), "--host-memory", str(host)]
-
-
-@contextmanager
-def _server(model: Path, flags: list[str], port: int) -> Iterator[Client]:
-    target = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moe_server", "serve", "--model", str(model)]
-    process = subprocess.Popen(
-        [*command, "--listen", target, *flags], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        with Client(target) as client:
-            wait_ready(client, READY_TIMEOUT_S)
-            yield client
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _measure(

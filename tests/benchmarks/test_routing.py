@@ -121,8 +121,9 @@ def test_arms_compute_the_same_layer(weight_format, monkeypatch):
 def test_a_measurement_has_all_arms_and_is_summed_up(tmp_path):
     weights = routing_arms.Weights(WeightFormat.INT8, 64, 2)
     inputs = routing_arms.make_inputs(4)
-    full = routing.measure(weights, inputs, 0.0, has_twin=True)
-    thin = routing.measure(weights, inputs, 0.0, has_twin=False)
+    run = routing.cpu_runner(weights, inputs)
+    full = routing.measure(routing.CPU_ARMS, run, 0.0)
+    thin = routing.measure(routing.THIN_ARMS, run, 0.0)
     assert {len(visits) for visits in (*full.values(), *thin.values())} == {routing.MIN_ROUNDS}
     found = routing.summarise(4, full, thin)
     assert found.arms.keys() == {"D", "O", "R", "naive"}
