@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from moe_server import cli
 from moe_server.commands import doctor
+from moe_server.kernels import native
 from moe_server.state import ServerState
 from tests.front_door import FAKE_ENGINE, WAIT_S, eventually, front_door, make_model
 
@@ -255,6 +256,27 @@ async def test_doctor_reports_and_survives_what_is_missing(monkeypatch):
     assert "not installed" in result.stdout
     assert "pip install torch" in result.stdout
     assert "cannot be told" in result.stdout
+
+
+def kernels_row() -> dict:
+    findings = json.loads(invoke("doctor", "--json").stdout)
+    [row] = [finding for finding in findings if finding["check"] == "CPU kernels"]
+    return row
+
+
+async def test_doctor_says_what_missing_kernels_cost(monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.check_kernels,))
+    monkeypatch.setenv("MOE_SERVER_KERNELS", "")
+    assert kernels_row()["found"] == f"compiled, use {native.instruction_set()}"
+    monkeypatch.setenv("MOE_SERVER_KERNELS", "torch")
+    row = kernels_row()
+    assert not row["is_ok"]
+    assert "16 to 65 times in int4" in row["found"]
+    assert "compiler" in row["remedy"]
+    monkeypatch.setenv("MOE_SERVER_KERNELS", "sse")
+    row = kernels_row()
+    assert not row["is_ok"]
+    assert "MOE_SERVER_KERNELS='sse'" in row["found"]
 
 
 async def test_doctor_tells_the_limit_of_the_cgroup_it_runs_in(monkeypatch):

@@ -8,6 +8,8 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +26,12 @@ OPTIONAL_PACKAGES = ("triton", "sentencepiece")
 MIN_TORCH = (2, 11)
 LOW_MEMORY_BYTES = 2 * 2**30
 LOW_DISK_BYTES = 5 * 2**30
+KERNELS_TIMEOUT_S = 120
+NO_KERNELS_COST = (
+    "torch computes instead: an expert takes 1.6 to 1.8 times as long in bf16, 12 to 45 times in "
+    "int8, 16 to 65 times in int4"
+)
+"""At 1 to 128 rows, on a machine with AVX-512 (benchmarks/LOG.md, 2026-11-25)."""
 FREE_MEMORY_JITTER_BYTES = 64 * 2**20
 
 
@@ -59,7 +67,7 @@ def doctor(*, as_json: bool) -> None:
 def _safely(check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         name = check.__name__.removeprefix("check_")
         return [Finding(name, is_ok=False, found=f"cannot be told: {error}")]
 
@@ -119,6 +127,37 @@ def check_cpu() -> list[Finding]:
             " ".join(has) or "none of " + " ".join(wanted),
             "" if "avx2" in flags else "Computing on this CPU will be slow; use one with AVX2.",
         ),
+    ]
+
+
+def check_kernels() -> list[Finding]:
+    """Whether the compiled kernels serve, as an engine process would find them."""
+    # In a process of its own: it needs torch, which takes seconds to import, or may be missing.
+    code = (
+        "import json; from moe_server.kernels import native as n; "
+        "print(json.dumps([n.instruction_set(), n.unavailable_reason()]))"
+    )
+    done = subprocess.run(  # noqa: S603  the code above
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=KERNELS_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return [Finding("CPU kernels", is_ok=False, found=said[-1], remedy="Mend the above first.")]
+    instruction_set, reason = json.loads(done.stdout.splitlines()[-1])
+    if not reason:
+        return [Finding("CPU kernels", is_ok=True, found=f"compiled, use {instruction_set}")]
+    return [
+        Finding(
+            "CPU kernels",
+            is_ok=False,
+            found=f"{reason}. {NO_KERNELS_COST}",
+            remedy="Install a C++17 compiler (apt-get install g++) and install moe-server again: "
+            "pip install --force-reinstall --no-deps --no-cache-dir, from its source.",
+        )
     ]
 
 
@@ -226,6 +265,7 @@ CHECKS = (
     check_python,
     check_packages,
     check_cpu,
+    check_kernels,
     check_memory,
     check_memlock,
     check_disk,
