@@ -11,13 +11,19 @@ from moe_server.kernels.products import are_compiled, linear, prepare
 from moe_server.kernels.quantised import linear_by_dequantising
 
 
-def int8_linear(x: torch.Tensor, weights: torch.Tensor, layout: MatrixLayout) -> torch.Tensor:
-    """The product x @ W.T.
+def int8_linear(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    layout: MatrixLayout,
+    bias_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The product x @ W.T, plus a bias; rounded once.
 
     Args:
         x: (..., K) in a float dtype.
         weights: uint8 (layout.nbytes,).
         layout: W (N, K).
+        bias_N: In a float dtype; None: there is none.
 
     Returns:
         (..., N) in the dtype of `x`.
@@ -28,6 +34,8 @@ def int8_linear(x: torch.Tensor, weights: torch.Tensor, layout: MatrixLayout) ->
         linear(prepare(rows_MK, layout), weights, layout, out_MN)
     else:
         linear_by_dequantising(rows_MK, weights, layout, out_MN)
+    if bias_N is not None:
+        out_MN += bias_N.float()
     return out_MN.to(x.dtype).view(*x.shape[:-1], layout.rows)
 
 

@@ -91,11 +91,11 @@ def plan_routing(
 
     Args:
         expert_ids_TK: int64, distinct in a token, each in [0, num_experts).
-        weights_TK: float32.
+        weights_TK: In any float dtype; the plan's are float32.
         num_experts: E.
     """
     expert_ids_TK, by_expert_TK = expert_ids_TK.sort(dim=-1)
-    weights_TK = weights_TK.gather(1, by_expert_TK)
+    weights_TK = weights_TK.float().gather(1, by_expert_TK)
     if _is_compiled(expert_ids_TK, num_experts):
         rows, places_TK, offsets = native.plan(expert_ids_TK.contiguous(), num_experts)
         return RoutingPlan(expert_ids_TK, weights_TK, rows, places_TK, offsets)

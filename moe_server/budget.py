@@ -126,11 +126,12 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     dense = checkpoint.dense_bytes
     kv = num_blocks * block_tokens * checkpoint.kv_bytes_per_token
     workspace = _workspace_bytes(config, checkpoint, max_request)
-    slot = checkpoint.record_layout.stride_bytes
     total = len(checkpoint.experts)
+    # A model without experts has no use for slots.
+    slot = checkpoint.record_layout.stride_bytes if total else PAGE_BYTES
     minimum = dense + kv + workspace + slot
     runtime = runtime_bytes(config, checkpoint)
-    budget = _device_budget(config, runtime, minimum, minimum + (total - 1) * slot)
+    budget = _device_budget(config, runtime, minimum, minimum + max(0, total - 1) * slot)
     if budget < minimum:
         raise MoeServerError(
             f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense "
@@ -321,6 +322,8 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     residual = tokens * hidden * (3 * item + 2 * 4)  # RMSNorm computes in float32
     projections = 4 * tokens * (query + 2 * key_value) * item  # rotation makes copies
     gathered = 2 * max_request * key_value * item
+    if checkpoint.kind.head_norms or checkpoint.kind.whole_norms:
+        projections += 2 * tokens * (query + key_value) * 4
     group_rows = checkpoint.num_heads // checkpoint.num_kv_heads * QUERY_TILE_TOKENS
     mask = group_rows * max_request * (1 + 4)  # boolean, and as SDPA widens it
     attention = projections + gathered + mask
@@ -338,6 +341,9 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     if config.device == "cuda":
         one_expert = max(one_expert, picks * intermediate * item)  # all experts are one launch
     experts = combining + one_expert
+    if not checkpoint.experts:
+        # Gate, what the activation makes of it, up, and their product.
+        experts = tokens * (4 * intermediate + 2 * hidden) * item
     # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
     logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)
     reading = 0

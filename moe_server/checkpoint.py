@@ -8,11 +8,12 @@ checkpoints too.
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_server.architectures import ARCHITECTURES, Architecture
 from moe_server.errors import MoeServerError, Reason
 from moe_server.json_file import read_json
 from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
@@ -23,7 +24,6 @@ from moe_server.packed import (
     MANIFEST_FILE,
     Manifest,
     StoreFormat,
-    hub_name,
     read_headers,
     read_manifest,
     record_name,
@@ -77,6 +77,8 @@ class Checkpoint:
 
     path: Path
     architecture: str
+    kind: Architecture
+    """How its files name things."""
     is_plain: bool
     """Whether `mixtral` serves it; otherwise transformers' module does."""
     stored: StoreFormat
@@ -172,15 +174,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     config = read_json(path / "config.json")
     architecture = _architecture(config)
-    if config.get("model_type") != "mixtral":
+    model_type = config.get("model_type")
+    kind = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if kind is None:
         raise MoeServerError(
-            f"{path}: architecture {architecture} (model_type {config.get('model_type')!r}) is not "
-            "served.",
-            "Use a Mixtral checkpoint (model_type 'mixtral').",
+            f"{path}: architecture {architecture} (model_type {model_type!r}) is not served.",
+            f"Use a checkpoint whose model_type is one of {', '.join(ARCHITECTURES)}.",
             reason=Reason.UNSUPPORTED,
             field="model",
         )
-    sizes = _sizes(config, path)
+    _refuse_mixed_layers(config, path)
+    sizes = _sizes(config, kind, path)
     manifest = read_manifest(path) if (path / MANIFEST_FILE).exists() else None
     if manifest is None:
         tensors = _read_headers(path)
@@ -193,20 +197,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         read_expert = _expert_in_store
         refuse_integer_activation(config, stored, path)
     checksums = {} if manifest is None else _checksums(manifest, tensors)
-    source = _Source(path, tensors, stored, sizes)
+    source = _Source(path, kind, tensors, stored, sizes)
     experts = {
         ExpertId(layer, expert): read_expert(source, ExpertId(layer, expert))
         for layer in range(sizes["num_hidden_layers"])
         for expert in range(sizes["num_local_experts"])
     }
     dense = {
-        parameter: _dense_tensor(source, hub_name(parameter), shape)
-        for parameter, shape in _dense_parameters(config, sizes)
+        parameter: _dense_tensor(source, kind.hub_name(parameter), shape)
+        for parameter, shape in kind.dense_parameters(config, sizes)
     }
     _refuse_leftovers(tensors, path)
     return Checkpoint(
         path=path,
         architecture=architecture,
+        kind=kind,
         is_plain=is_plain(config),
         stored=stored,
         vocab_size=sizes["vocab_size"],
@@ -232,6 +237,7 @@ class _Source:
     """What the files hold, while it is being taken apart."""
 
     path: Path
+    kind: Architecture
     tensors: dict[str, TensorLocation]
     """Those that nothing has taken yet."""
     stored: StoreFormat
@@ -243,18 +249,8 @@ class _Source:
         return DTYPES[self.stored.dtype]
 
 
-_REQUIRED_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-_SIZE_DEFAULTS = {
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 4096 * 32,
-}
+_REQUIRED_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_EXPERT_SIZES = ("num_local_experts", "num_experts_per_tok")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -262,11 +258,23 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(names[0]) if isinstance(names, list) and names else "(none)"
 
 
-def _sizes(config: Mapping[str, Any], path: Path) -> dict[str, int]:
+def _sizes(config: Mapping[str, Any], kind: Architecture, path: Path) -> dict[str, int]:
+    """Every size, by Mixtral's names; a model without experts has none of them."""
     file = path / "config.json"
     sizes = {name: config.get(name) for name in _REQUIRED_SIZES}
-    sizes |= {name: config.get(name, default) for name, default in _SIZE_DEFAULTS.items()}
+    sizes[kind.expert_size_key] = config.get(kind.expert_size_key)
+    name = "max_position_embeddings"
+    sizes[name] = config.get(name, kind.context_default)
+    if kind.is_sparse:
+        for name, default in kind.defaults.items():
+            sizes[name] = config.get(name, default)
+        # transformers writes either of two names.
+        if kind.num_experts_key in config:
+            sizes["num_local_experts"] = config[kind.num_experts_key]
     checked = {name: _at_least_one(name, value, file) for name, value in sizes.items()}
+    checked["intermediate_size"] = checked[kind.expert_size_key]
+    if not kind.is_sparse:
+        checked |= dict.fromkeys(_EXPERT_SIZES, 0)
     heads = checked["num_attention_heads"]
     derived = {"num_key_value_heads": heads, "head_dim": checked["hidden_size"] // heads}
     for name, default in derived.items():
@@ -293,6 +301,20 @@ def _sizes(config: Mapping[str, Any], path: Path) -> dict[str, int]:
     if config.get("sliding_window") is not None:
         _at_least_one("sliding_window", config["sliding_window"], file)
     return checked
+
+
+def _refuse_mixed_layers(config: Mapping[str, Any], path: Path) -> None:
+    """Every layer has experts, or none has."""
+    for name, usual in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        value = config.get(name)
+        if value is not None and value != usual:
+            raise MoeServerError(
+                f"{path / 'config.json'}: {name} is {value!r}: some layers have experts and some "
+                "have none, which is not served.",
+                f"Use a checkpoint whose {name} is {usual!r}.",
+                reason=Reason.UNSUPPORTED,
+                field="model",
+            )
 
 
 def _at_least_one(name: str, value: object, file: Path) -> int:
@@ -343,43 +365,16 @@ def _token_ids(config: Mapping[str, Any], name: str, file: Path) -> tuple[int, .
     return tuple(token_ids)
 
 
-def _dense_parameters(
-    config: Mapping[str, Any], sizes: Mapping[str, int]
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(parameter name in the module, shape) of every tensor that is not an expert's."""
-    hidden, vocab = sizes["hidden_size"], sizes["vocab_size"]
-    query = sizes["num_attention_heads"] * sizes["head_dim"]
-    key_value = sizes["num_key_value_heads"] * sizes["head_dim"]
-    per_layer = {
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate": (sizes["num_local_experts"], hidden),
-    }
-    yield "model.embed_tokens.weight", (vocab, hidden)
-    for layer in range(sizes["num_hidden_layers"]):
-        for part, shape in per_layer.items():
-            yield f"model.layers.{layer}.{part}.weight", shape
-    yield "model.norm.weight", (hidden,)
-    if not config.get("tie_word_embeddings", False):
-        yield "lm_head.weight", (vocab, hidden)
-
-
 def _expert_in_shards(source: _Source, expert: ExpertId) -> tuple[Segment, ...]:
     layout = source.stored.record_layout(
         source.sizes["hidden_size"], source.sizes["intermediate_size"]
     )
     up = (layout.intermediate_size, layout.hidden_size)
+    places = (up, layout.w1_offset), (up, layout.w3_offset), (up[::-1], layout.w2_offset)
     segments = []
-    for matrix, shape, record_offset in (
-        ("w1", up, layout.w1_offset),
-        ("w3", up, layout.w3_offset),
-        ("w2", up[::-1], layout.w2_offset),
-    ):
-        tensor = _take(source, f"{record_name(expert)}.{matrix}.weight", source.dtype, shape)
+    names = source.kind.expert_names(expert)
+    for name, (shape, record_offset) in zip(names, places, strict=True):
+        tensor = _take(source, name, source.dtype, shape)
         segments.append(Segment(tensor.file, tensor.offset, tensor.nbytes, record_offset))
     return tuple(segments)
 

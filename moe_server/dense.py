@@ -7,6 +7,8 @@ are loaded; parameter names stay. Shape legend: T tokens, H hidden size, E
 experts, M rows, K columns, N rows of a matrix.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -48,8 +50,8 @@ def use_kernels(
         if isinstance(child, nn.Embedding) and layout is not None:
             ours = Int8Embedding(layout, dtype)
         elif isinstance(child, nn.Linear) and layout is not None:
-            ours = Int8Linear(layout)
-        elif isinstance(child, nn.Linear) and has_kernels and len(list(child.parameters())) == 1:
+            ours = Int8Linear(layout, child)
+        elif isinstance(child, nn.Linear) and has_kernels:
             ours = KernelLinear(child)
         elif isinstance(child, Router) and routes_on_gpu:
             ours = GpuRouter(child)
@@ -68,16 +70,17 @@ def _layout(checkpoint: Checkpoint, name: str) -> MatrixLayout | None:
 
 
 class KernelLinear(nn.Module):
-    """A linear layer without bias in bfloat16."""
+    """A linear layer in bfloat16."""
 
     def __init__(self, replaced: nn.Linear) -> None:
         super().__init__()
         self.weight = replaced.weight
+        self.bias = replaced.bias
         self._out_features = replaced.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N)."""
-        product_MN = _product(x.reshape(-1, x.shape[-1]), self.weight)
+        product_MN = _product(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return product_MN.view(*x.shape[:-1], self._out_features)
 
 
@@ -97,28 +100,37 @@ class GpuRouter(nn.Module):
 class KernelRouter(nn.Module):
     """A router with the interface of transformers' own."""
 
-    def __init__(self, replaced: nn.Module) -> None:
+    def __init__(self, replaced: Any) -> None:
         super().__init__()
-        self.weight: torch.Tensor = replaced.weight  # type: ignore[assignment]
-        self._top_k: int = replaced.top_k  # type: ignore[assignment]
+        self.weight: torch.Tensor = replaced.weight
+        self._top_k: int = replaced.top_k
+        # Mixtral's always normalises, and leaves weights in float32.
+        self._is_mixtral_s = not hasattr(replaced, "norm_topk_prob")
+        self._normalises: bool = self._is_mixtral_s or replaced.norm_topk_prob
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Router logits (T, E), weights float32 and experts int64 (T, top_k), by expert."""
+        """Router logits (T, E), weights and experts int64 (T, top_k), by expert."""
         logits_TE, plan = route(x.reshape(-1, x.shape[-1]), self.weight, self._top_k)
-        return logits_TE, plan.weights, plan.expert_ids
+        weights_TK = plan.weights
+        if not self._normalises:
+            weights_TK = logits_TE.float().softmax(dim=-1).gather(1, plan.expert_ids)
+        if not self._is_mixtral_s:
+            weights_TK = weights_TK.to(logits_TE.dtype)
+        return logits_TE, weights_TK, plan.expert_ids
 
 
 class Int8Linear(nn.Module):
     """A linear layer whose weights are int8."""
 
-    def __init__(self, layout: MatrixLayout) -> None:
+    def __init__(self, layout: MatrixLayout, replaced: nn.Linear) -> None:
         super().__init__()
         self._layout = layout
         self.weight = _quantised_parameter(layout)
+        self.bias = replaced.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., K) to (..., N)."""
-        return int8_linear(x, self.weight, self._layout)
+        return int8_linear(x, self.weight, self._layout, self.bias)
 
 
 class Int8Embedding(nn.Module):
@@ -139,10 +151,14 @@ def _quantised_parameter(layout: MatrixLayout) -> nn.Parameter:
     return nn.Parameter(storage, requires_grad=False)
 
 
-def _product(x_MK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+def _product(
+    x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None
+) -> torch.Tensor:
     rows, columns = weight_NK.shape
     layout = MatrixLayout(rows, columns, WeightFormat.BFLOAT16)
-    out_MN = torch.empty(x_MK.shape[0], rows, dtype=torch.bfloat16)
+    # A bias is added before the sums are rounded, as torch does.
+    dtype = torch.bfloat16 if bias_N is None else torch.float32
+    out_MN = torch.empty(x_MK.shape[0], rows, dtype=dtype)
     weights = weight_NK.detach().contiguous().view(-1).view(torch.uint8)
     linear(prepare(x_MK, layout), weights, layout, out_MN)
-    return out_MN
+    return out_MN if bias_N is None else (out_MN + bias_N.float()).to(torch.bfloat16)

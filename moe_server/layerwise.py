@@ -88,7 +88,8 @@ class LayerwiseModel:
             )
         base: Any = module.get_submodule("model")
         base.rotary_emb = type(base.rotary_emb)(config)
-        for number, layer in enumerate(module.get_submodule("model.layers").children()):
+        layers = list(module.get_submodule("model.layers").children())
+        for number, layer in enumerate(layers if self._checkpoint.experts else ()):
             experts: Any = layer.get_submodule("mlp.experts")
             for name in [name for name, _ in experts.named_parameters()]:
                 delattr(experts, name)
@@ -96,23 +97,25 @@ class LayerwiseModel:
         use_kernels(module, self._checkpoint, torch.device("cpu"))
         dense = self._checkpoint.dense
         for parameter, tensor in dense.items():
-            self._attach(module.get_submodule(parameter.removesuffix(".weight")), tensor)
+            owner, _, name = parameter.rpartition(".")
+            self._attach(module.get_submodule(owner), name, tensor)
         if "lm_head.weight" not in dense:
-            self._attach(module.get_submodule("lm_head"), dense["model.embed_tokens.weight"])
+            embedding = dense["model.embed_tokens.weight"]
+            self._attach(module.get_submodule("lm_head"), "weight", embedding)
         return module.eval()
 
-    def _attach(self, owner: nn.Module, tensor: DenseTensor) -> None:
-        """Lets a module have its weight while it computes."""
-        empty = owner.get_parameter("weight")
+    def _attach(self, owner: nn.Module, name: str, tensor: DenseTensor) -> None:
+        """Lets a module have one of its parameters while it computes."""
+        empty = owner.get_parameter(name)
 
         def before(module: Any, _args: object) -> None:
             weight = self._read_dense(tensor)
             if tensor.layout is None:
                 weight = weight.view(self._dtype).view(tensor.shape)
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
         def after(module: Any, _args: object, _output: object) -> None:
-            module.weight = empty
+            setattr(module, name, empty)
 
         owner.register_forward_pre_hook(before)
         owner.register_forward_hook(after)

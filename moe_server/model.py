@@ -68,14 +68,13 @@ class Model:
         )
         config = read_json(checkpoint.path / "config.json")
         self._module = _build_module(checkpoint, config, device)
-        blocks = [
-            layer.get_submodule("mlp")
-            for layer in self._module.get_submodule("model.layers").children()
-        ]
+        layers = self._module.get_submodule("model.layers").children()
+        blocks = [layer.get_submodule("mlp") for layer in layers if checkpoint.experts]
+        activation: Activation = F.silu
         # transformers wraps SiLU; the kernels know it by torch's name.
-        has_silu = config.get("hidden_act", "silu") == "silu"
-        stock: Any = blocks[0].get_submodule("experts")
-        activation: Activation = F.silu if has_silu else stock.act_fn
+        if blocks and config.get("hidden_act", "silu") != "silu":
+            stock: Any = blocks[0].get_submodule("experts")
+            activation = stock.act_fn
         uses_slots = self.cache.tiers.on_gpu and can_compute(
             checkpoint.record_layout.format, self._dtype, activation
         )

@@ -31,7 +31,6 @@ from moe_server.packed import (
     Manifest,
     StoreFormat,
     from_hex,
-    hub_name,
     record_name,
 )
 
@@ -216,7 +215,7 @@ def _relative_errors(
     for expert in checkpoint.experts:
         _add(totals, f"layer {expert.layer}", finished[record_name(expert)])
     for parameter in checkpoint.dense:
-        _add(totals, "dense", finished[hub_name(parameter)])
+        _add(totals, "dense", finished[checkpoint.kind.hub_name(parameter)])
     return {
         "weight_error": {
             name: math.sqrt(total.squared_error / total.squared_norm)

@@ -22,7 +22,7 @@ from moe_server.offload.layout import PAGE_BYTES, ExpertId
 from moe_server.offload.pages import map_pages
 from moe_server.pack_journal import Finished, Journal
 from moe_server.pack_matrices import MatrixMaker, RoundingError
-from moe_server.packed import BYTES_DTYPE, StoreFormat, group_files, hub_name, record_name, to_hex
+from moe_server.packed import BYTES_DTYPE, StoreFormat, group_files, record_name, to_hex
 from moe_server.safetensors_file import TensorEntry, build_header
 
 
@@ -55,7 +55,10 @@ class StorePlan:
         self.record_layout = stored.record_layout(
             checkpoint.hidden_size, checkpoint.intermediate_size
         )
-        dense = [_dense_member(stored, name, one) for name, one in checkpoint.dense.items()]
+        dense = [
+            _dense_member(stored, checkpoint.kind.hub_name(parameter), tensor)
+            for parameter, tensor in checkpoint.dense.items()
+        ]
         record_bytes = self.record_layout.stride_bytes
         records = [
             _Member(
@@ -76,8 +79,7 @@ class StorePlan:
         self.largest_bytes = max(member.entry.nbytes for member in dense + records)
 
 
-def _dense_member(stored: StoreFormat, parameter: str, tensor: DenseTensor) -> _Member:
-    name = hub_name(parameter)
+def _dense_member(stored: StoreFormat, name: str, tensor: DenseTensor) -> _Member:
     layout = stored.dense_layout(name, tensor.shape)
     if layout is None:
         entry = TensorEntry(name, DTYPES[stored.dtype], tensor.shape, tensor.nbytes)

@@ -101,13 +101,8 @@ class Manifest:
 
 
 def record_name(expert: ExpertId) -> str:
-    """The name of an expert's record in its safetensors file."""
+    """The name of an expert's record in a packed store, whatever the checkpoint called it."""
     return f"model.layers.{expert.layer}.block_sparse_moe.experts.{expert.expert}"
-
-
-def hub_name(parameter: str) -> str:
-    """The Hugging Face name of a dense tensor, from its parameter's in the transformers module."""
-    return parameter.replace(".mlp.", ".block_sparse_moe.")
 
 
 def group_files(

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_server import budget
+from moe_server.architectures import ARCHITECTURES
 from moe_server.budget import MemoryPlan, check_room, format_bytes, plan_memory
 from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import Config, load_config
@@ -43,6 +44,7 @@ def make_checkpoint(
     return Checkpoint(
         path=Path("model"),
         architecture="MixtralForCausalLM",
+        kind=ARCHITECTURES["mixtral"],
         is_plain=True,
         stored=StoreFormat(dtype, dtype, GROUP_COLUMNS),
         vocab_size=vocab,

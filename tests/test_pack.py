@@ -212,7 +212,11 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(source, tmp_p
             delay, lambda: pack_as(source, out, format_name, max_file_bytes=30_000)
         )
         if out.exists():
-            break
+            if kills:
+                break
+            # It was faster than the first time, which a busy machine had slowed down.
+            shutil.rmtree(out)
+            duration /= 2
     pack_as(source, out, format_name, force=out.exists(), max_file_bytes=30_000)
     assert kills
     assert files_of(out) == expected
