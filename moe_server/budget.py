@@ -36,6 +36,10 @@ DEQUANTISED_ROWS = 64
 EXPERT_ROWS = 256
 """Rows of a batch that an expert computes at once: what it holds in between is bounded by them."""
 
+EMBEDDING_PLACES = 64
+"""Blocks of rows of an embedding on disk that are read at once: far more than the disk serves side
+by side. A step of more tokens reads in turns."""
+
 CUDA_STAGING_RECORDS = 2
 """On CUDA an expert passes through pinned host memory on its way from disk."""
 
@@ -46,11 +50,16 @@ class MemoryPlan:
 
     device_budget_bytes: int
     dense_bytes: int
+    """Without the token embedding where that stays on disk."""
     kv_bytes: int
     workspace_bytes: int
     slot_bytes: int
     """One expert slot: a record, rounded up to whole pages."""
     num_slots: int
+    minimum_device_bytes: int
+    """The smallest device budget this configuration runs in: one slot."""
+    embedding_on_disk_bytes: int
+    """The token embedding where steps read its rows from disk; 0: it is held, as all dense ones."""
     host_budget_bytes: int
     num_records: int
     num_staging: int
@@ -83,11 +92,6 @@ class MemoryPlan:
         """Device bytes that do not depend on how many experts are resident."""
         return self.dense_bytes + self.kv_bytes + self.workspace_bytes
 
-    @property
-    def minimum_device_bytes(self) -> int:
-        """The smallest device budget this configuration runs in: one slot."""
-        return self.fixed_bytes + self.slot_bytes
-
     def table(self) -> list[tuple[str, str]]:
         """Rows for people: what, and how much."""
         experts = self.num_experts_total
@@ -107,6 +111,7 @@ class MemoryPlan:
                 f"{format_bytes(self.records_bytes)} ({self.num_records} experts)",
             ),
             ("left on disk", f"{self.num_absent} experts of {format_bytes(self.expert_bytes)}"),
+            ("  embedding", format_bytes(self.embedding_on_disk_bytes)),
             ("longest request", f"{self.max_request_tokens} tokens"),
         ]
 
@@ -129,9 +134,16 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     total = len(checkpoint.experts)
     # A model without experts has no use for slots.
     slot = checkpoint.record_layout.stride_bytes if total else PAGE_BYTES
-    minimum = dense + kv + workspace + slot
+    fixed = dense + kv + workspace
+    on_disk, rows = _embedding_from_disk(config, checkpoint)
+    minimum = fixed - on_disk + rows + slot
     runtime = runtime_bytes(config, checkpoint)
-    budget = _device_budget(config, runtime, minimum, minimum + max(0, total - 1) * slot)
+    budget = _device_budget(config, runtime, minimum, fixed + max(1, total) * slot)
+    room = (budget - fixed) // slot
+    if room >= 1 and room + config.host_memory // slot >= total:
+        # No step will wait for an expert: none is to wait for the embedding.
+        on_disk = rows = 0
+    dense, workspace = dense - on_disk, workspace + rows
     if budget < minimum:
         raise MoeServerError(
             f"device_memory of {budget} bytes ({format_bytes(budget)}) is too small: dense "
@@ -142,7 +154,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
             "or scheduler.max_batch_tokens.",
             field="device_memory",
         )
-    num_slots = min(total, (budget - minimum) // slot + 1)
+    num_slots = min(total, (budget - dense - kv - workspace) // slot)
     num_staging = CUDA_STAGING_RECORDS if config.device == "cuda" else 0
     least_host = max(num_staging, 1 if config.host_memory and num_slots < total else 0) * slot
     if config.host_memory < least_host:
@@ -160,6 +172,8 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
         workspace_bytes=workspace,
         slot_bytes=slot,
         num_slots=num_slots,
+        minimum_device_bytes=minimum,
+        embedding_on_disk_bytes=on_disk,
         host_budget_bytes=config.host_memory,
         num_records=num_records,
         num_staging=num_staging,
@@ -169,6 +183,12 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
         runtime_bytes=runtime,
         max_request_tokens=max_request,
     )
+
+
+def embedding_places(config: Config, checkpoint: Checkpoint) -> int:
+    """Blocks of rows that are read at once where the embedding stays on disk."""
+    most = min(config.scheduler.max_batch_tokens, checkpoint.embedding_layout.num_blocks)
+    return min(most, EMBEDDING_PLACES)
 
 
 def runtime_bytes(config: Config, checkpoint: Checkpoint) -> int:
@@ -351,6 +371,21 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
         # What is not aligned is read through a window of each thread's.
         reading = config.read_threads * (READ_BLOCK_BYTES + 2 * PAGE_BYTES)
     return residual + max(attention, experts, logits) + reading
+
+
+def _embedding_from_disk(config: Config, checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes of the embedding that may stay on disk, and of the memory that rows are then read into.
+
+    Zeros where it has to be held in any case, or that would take less.
+    """
+    if config.device != "cpu" or config.dense_backend != "resident" or checkpoint.is_tied:
+        return 0, 0
+    layout = checkpoint.embedding_layout
+    rows = embedding_places(config, checkpoint) * layout.block_bytes
+    if checkpoint.is_page_aligned:
+        # Blocks may not be. The windows that they then are read through are not counted yet.
+        rows += config.read_threads * (layout.block_bytes + 2 * PAGE_BYTES)
+    return (layout.nbytes, rows) if rows < layout.nbytes else (0, 0)
 
 
 def _quantised_bytes(rows: int, columns: int) -> int:

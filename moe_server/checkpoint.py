@@ -41,6 +41,10 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "lm_head.weight")
 """Endings of tensors that may be there without being used: frequencies, which are computed, and the
 output layer of a model whose embeddings are tied to it."""
 
+EMBEDDING = "model.embed_tokens"
+OUTPUT = "lm_head"
+"""Modules at the two ends, by their names in the transformers module."""
+
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 """Their frequencies change with the longest sequence of a forward pass once a length is passed: a
 request's tokens would depend on its neighbours. Up to that length they are fixed, so that is the
@@ -133,6 +137,22 @@ class Checkpoint:
     @property
     def dense_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.dense.values())
+
+    @property
+    def embedding(self) -> DenseTensor:
+        """The token embedding's weights."""
+        return self.dense[f"{EMBEDDING}.weight"]
+
+    @property
+    def embedding_layout(self) -> MatrixLayout:
+        """How the token embedding lies in its bytes, quantised or not."""
+        rows, columns = self.embedding.shape
+        return self.embedding.layout or MatrixLayout(rows, columns, self.stored.dtype)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer's weights are the embedding's."""
+        return f"{OUTPUT}.weight" not in self.dense
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -423,7 +443,7 @@ def _checksums(
 
 
 def _compute_dtype(tensors: Mapping[str, TensorLocation], path: Path) -> WeightFormat:
-    name = "model.embed_tokens.weight"
+    name = f"{EMBEDDING}.weight"
     if name not in tensors:
         raise _missing_tensor(name, path)
     dtype = tensors[name].dtype

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_server.checkpoint import Checkpoint
+from moe_server.checkpoint import EMBEDDING, OUTPUT, Checkpoint
 from moe_server.kernels.dense import int8_embedding, int8_linear
 from moe_server.kernels.formats import MatrixLayout, WeightFormat
 from moe_server.kernels.gpu.routing import DevicePlan
@@ -20,9 +20,6 @@ from moe_server.kernels.gpu.routing import route as route_on_gpu
 from moe_server.kernels.products import are_compiled, linear, prepare
 from moe_server.kernels.routing import route
 from moe_server.mixtral import Router
-
-EMBEDDING = "model.embed_tokens"
-OUTPUT = "lm_head"
 
 
 def use_kernels(

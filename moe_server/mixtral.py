@@ -205,7 +205,7 @@ class Mixtral(nn.Module):
         self.to(getattr(torch, checkpoint.dtype))
         theta = rope_parameters(config).get("rope_theta", DEFAULT_ROPE_THETA)
         self._rotary = Rotary(checkpoint.head_dim, float(theta))
-        self._is_tied = "lm_head.weight" not in checkpoint.dense
+        self._is_tied = checkpoint.is_tied
 
     def tie_weights(self) -> None:
         """Gives the output layer the embedding's weights where it has none of its own."""

@@ -16,8 +16,9 @@ from torch import nn
 
 from moe_server import zero3
 from moe_server.attention import RaggedBatch, RequestSpan
-from moe_server.checkpoint import Checkpoint
+from moe_server.checkpoint import EMBEDDING, Checkpoint
 from moe_server.dense import use_kernels
+from moe_server.embedding import StoredEmbedding
 from moe_server.errors import MoeServerError, Reason
 from moe_server.json_file import read_json
 from moe_server.kernels.experts import Activation
@@ -79,6 +80,10 @@ class Model:
             checkpoint.record_layout.format, self._dtype, activation
         )
         use_kernels(self._module, checkpoint, device, routes_on_gpu=uses_slots)
+        self._embedding: StoredEmbedding | None = None
+        if weights.embedding is not None:
+            self._embedding = StoredEmbedding(weights.embedding, self._dtype)
+            self._module.set_submodule(EMBEDDING, self._embedding)
         self.experts = LayerExperts(
             checkpoint, self.cache, activation, device, uses_slots=uses_slots
         )
@@ -164,7 +169,9 @@ class Model:
             )
             if request.wants_logits:
                 last_rows.append(len(token_ids) - 1)
-        self.experts.step = Step(batch, poll)
+        self.experts.step = step = Step(batch, poll)
+        if self._embedding is not None:
+            self._embedding.step = step
         output = self._forward(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],

@@ -1,7 +1,7 @@
 """A step as the model is given it: the requests' parts, and whose the rows are.
 
-`engine` makes it, `model` runs it, and the experts ask it what is still wanted and who must hear
-that an expert cannot be read.
+`engine` makes it, `model` runs it, and whoever reads weights for it asks it what is still wanted
+and who must hear that they cannot be read.
 """
 
 from bisect import bisect_right
@@ -27,7 +27,7 @@ class StepInput:
     still_wanted: Callable[[], bool]
     """Turns false when the request has left: its results are of no use any more."""
     fail: Callable[[MoeServerError], None]
-    """Called when one of its rows needs an expert that cannot be read; it must leave then."""
+    """Called when one of its rows needs weights that cannot be read; it must leave then."""
 
 
 def nothing() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moe_server.budget import READ_BLOCK_BYTES, MemoryPlan
-from moe_server.checkpoint import Checkpoint
+from moe_server.budget import READ_BLOCK_BYTES, MemoryPlan, embedding_places
+from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import Config
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook
@@ -20,6 +20,7 @@ from moe_server.offload.cost import CostModel
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.pages import map_pages
 from moe_server.offload.reader import Reader, ReadTicket
+from moe_server.offload.rows import StoredRows
 
 if TYPE_CHECKING:
     import torch
@@ -64,12 +65,23 @@ class Weights:
             ),
             allow_pageable=config.allow_pageable,
         )
+        self.embedding: StoredRows | None = None
+        """The token embedding's rows, where they stay on disk."""
+        if plan.embedding_on_disk_bytes:
+            stored = checkpoint.embedding
+            self.embedding = StoredRows(
+                self.reader,
+                stored.file,
+                stored.offset,
+                checkpoint.embedding_layout,
+                embedding_places(config, checkpoint),
+            )
         self._plan = plan
         self._dense: dict[str, _DenseRead] = {}
 
     def begin(self) -> None:
         """Begins to read the dense weights and, behind them, as many experts as have a place."""
-        for name, location in self.checkpoint.dense.items():
+        for name, location in self._kept().items():
             # A mapping each: a tensor that is handed on by copying frees its own.
             memory = map_pages(location.nbytes)
             address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -102,10 +114,28 @@ class Weights:
         self._dense.clear()
         return tensors
 
+    def read_embedding(self, progress: Callable[[int], None]) -> None:
+        """Reads an embedding that stays on disk through once, so that every byte was seen.
+
+        Args:
+            progress: Called with the bytes read so far.
+
+        Raises:
+            MoeServerError: A read failed.
+        """
+        if self.embedding is not None:
+            self.embedding.read_through(progress)
+
     def close(self) -> None:
         """Ends the reader's threads, after the blocks that they are reading."""
         self.cache.close()
         self.reader.close()
+
+    def _kept(self) -> dict[str, DenseTensor]:
+        """The dense tensors that are held in memory."""
+        dense = self.checkpoint.dense
+        on_disk = self.checkpoint.embedding if self.embedding is not None else None
+        return {name: tensor for name, tensor in dense.items() if tensor is not on_disk}
 
     def _by_place_on_disk(self) -> list[ExpertId]:
         """An equal share of every layer, as many as have a place, in the order they lie on disk."""

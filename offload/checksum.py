@@ -5,6 +5,7 @@ core. A piece is small, so that a damaged one is found before anything was compu
 its neighbourhood is read again. Knows no threads; `reader` calls it on each block.
 """
 
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,3 +65,44 @@ class ChecksumBook:
             if self._known.get((file, start), found) != found:
                 return start
         return None
+
+
+class RowChecksums:
+    """Those of a matrix's blocks of rows, which are far smaller than a piece.
+
+    Nobody wrote them down: they are taken from all of the matrix once, in order, while that is held
+    to the checksums of its pieces.
+
+    Args:
+        offset: Where the matrix begins in its file.
+        block_bytes: Of a block.
+    """
+
+    def __init__(self, offset: int, block_bytes: int) -> None:
+        self._offset = offset
+        self._block_bytes = block_bytes
+        self._sums = array("Q")
+        self._begun = xxhash.xxh3_64()
+        self._begun_bytes = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """True where there is nothing to compare with, yet or ever."""
+        return not self._sums
+
+    def take(self, content: memoryview) -> None:
+        """Goes on with the next bytes of the matrix."""
+        while content:
+            part = content[: self._block_bytes - self._begun_bytes]
+            self._begun.update(part)
+            self._begun_bytes += len(part)
+            if self._begun_bytes == self._block_bytes:
+                self._sums.append(self._begun.intdigest())
+                self._begun.reset()
+                self._begun_bytes = 0
+            content = content[len(part) :]
+
+    def mismatch(self, _file: Path, offset: int, content: memoryview) -> int | None:
+        """`offset` where `content`, the block that begins there, is not as it was."""
+        known = self._sums[(offset - self._offset) // self._block_bytes]
+        return None if xxhash.xxh3_64_intdigest(content) == known else offset

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from moe_server.errors import MoeServerError, Reason
-from moe_server.offload.checksum import ChecksumBook
+from moe_server.offload.checksum import ChecksumBook, RowChecksums
 from moe_server.offload.files import OpenFile, OpenFiles
 from moe_server.offload.layout import PAGE_BYTES, Segment
 from moe_server.offload.pages import map_pages
@@ -58,7 +58,12 @@ class ReadTicket:
     """One read under way. Its target belongs to the reader until it is `done`."""
 
     def __init__(
-        self, reader: "Reader", blocks: Sequence[_Block], address: int, priority: Priority
+        self,
+        reader: "Reader",
+        blocks: Sequence[_Block],
+        address: int,
+        priority: Priority,
+        book: ChecksumBook | RowChecksums,
     ) -> None:
         self._reader = reader
         self._ends = [block.record_end for block in blocks]
@@ -71,6 +76,7 @@ class ReadTicket:
         # What follows is the reader's, under its lock.
         self.changed = threading.Condition(reader.lock)
         self.address = address
+        self.book = book
         self.owner: object = None
         self.priority = priority
         self.pending = deque(enumerate(blocks))
@@ -213,6 +219,7 @@ class Reader:
         address: int,
         priority: Priority = Priority.DEMAND,
         owner: object = None,
+        book: RowChecksums | None = None,
     ) -> ReadTicket:
         """Starts reading.
 
@@ -221,13 +228,14 @@ class Reader:
             address: Where the record begins in memory.
             priority: Who goes first.
             owner: Owns that memory; kept alive until the read has ended.
+            book: What segments that are no whole pieces are held to, in place of the reader's book.
         """
         blocks = [
             _Block(segment, start, min(self.block_bytes, segment.nbytes - start))
             for segment in sorted(segments, key=lambda segment: segment.record_offset)
             for start in range(0, segment.nbytes, self.block_bytes)
         ]
-        ticket = ReadTicket(self, blocks, address, priority)
+        ticket = ReadTicket(self, blocks, address, priority, book or self.book)
         ticket.owner = owner
         if blocks:
             with self.lock:
@@ -352,7 +360,7 @@ class Reader:
                 what = failure.strerror or str(failure)
                 continue
             try:
-                self._read(file, ticket.address, block, window)
+                self._read(file, ticket, block, window)
             except OSError as failure:
                 what = failure.strerror or str(failure)
                 self._files.renew(segment.file, file)
@@ -372,15 +380,15 @@ class Reader:
             reason=Reason.UNAVAILABLE,
         )
 
-    def _read(self, file: OpenFile, address: int, block: _Block, window: mmap.mmap) -> None:
+    def _read(self, file: OpenFile, ticket: ReadTicket, block: _Block, window: mmap.mmap) -> None:
         segment = block.segment
         offset = segment.file_offset + block.start
-        target = address + segment.record_offset + block.start
+        target = ticket.address + segment.record_offset + block.start
         file.read_into(target, offset, block.nbytes, window)
-        if self.book.is_empty:
+        if ticket.book.is_empty:
             return
         content = memoryview((ctypes.c_char * block.nbytes).from_address(target)).cast("B")
-        wrong = self.book.mismatch(segment.file, offset, content)
+        wrong = ticket.book.mismatch(segment.file, offset, content)
         if wrong is not None:
             with self.lock:
                 self.counters.mismatches += 1

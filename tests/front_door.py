@@ -57,7 +57,9 @@ def make_model(*, has_tokenizer: bool = True, max_request_tokens: int = 64, **ch
     demo = Config()
     checkpoint = read_checkpoint(demo.model_path)
     memory = dataclasses.replace(
-        plan_memory(demo, checkpoint), max_request_tokens=max_request_tokens
+        plan_memory(demo, checkpoint),
+        max_request_tokens=max_request_tokens,
+        embedding_on_disk_bytes=54_321,
     )
     tokenizer = letters_tokenizer() if has_tokenizer else None
     model = ServedModel.of(demo, checkpoint, memory, tokenizer)

@@ -14,6 +14,7 @@ FOLDERS = ("kernels", "offload", "warmup", "proto")
 ENGINE_SIDE = (
     "attention",
     "dense",
+    "embedding",
     "engine",
     "engine_process",
     "kv_cache",

@@ -15,7 +15,7 @@ from moe_server.budget import MemoryPlan, check_room, format_bytes, plan_memory
 from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import Config, load_config
 from moe_server.errors import MoeServerError, Reason
-from moe_server.kernels.formats import GROUP_COLUMNS, WeightFormat
+from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
 from moe_server.offload.layout import ExpertId
 from moe_server.packed import StoreFormat
 from moe_server.safetensors_file import TensorLocation
@@ -35,12 +35,19 @@ def make_checkpoint(
     vocab=320,
     context=512,
     itemsize=2,
+    tied=False,
+    dense_int8=False,
 ) -> Checkpoint:
     """What a checkpoint says of itself; no file is behind it."""
-    dense_bytes = (2 * vocab * hidden + layers * hidden * 3) * itemsize
-    shape = (dense_bytes // itemsize,)
-    nowhere = TensorLocation(Path("shard"), 0, dense_bytes, "BF16", shape)
     dtype = {2: WeightFormat.BFLOAT16, 4: WeightFormat.FLOAT32}[itemsize]
+    matrix, vector = (vocab, hidden), (layers * hidden * 3,)
+    layout = MatrixLayout(*matrix, WeightFormat.INT8 if dense_int8 else dtype)
+    nowhere = TensorLocation(Path("shard"), 0, layout.nbytes, "any", matrix)
+    end = DenseTensor(nowhere, matrix, layout if dense_int8 else None)
+    layers_end = replace(nowhere, nbytes=vector[0] * itemsize, shape=vector)
+    dense = {"model.embed_tokens.weight": end, "layers": DenseTensor(layers_end, vector, None)}
+    if not tied:
+        dense["lm_head.weight"] = end
     return Checkpoint(
         path=Path("model"),
         architecture="MixtralForCausalLM",
@@ -59,7 +66,7 @@ def make_checkpoint(
         max_context_tokens=context,
         bos_token_id=None,
         eos_token_ids=(),
-        dense={"all": DenseTensor(nowhere, shape, None)},
+        dense=dense,
         experts={  # type: ignore[misc]
             ExpertId(layer, expert): () for layer in range(layers) for expert in range(experts)
         },
@@ -81,6 +88,14 @@ def assert_sums(plan: MemoryPlan, config: Config, checkpoint: Checkpoint) -> Non
     # Nothing that fits is left out.
     if plan.num_slots < total:
         assert spent + plan.slot_bytes > plan.device_budget_bytes
+    if plan.embedding_on_disk_bytes:
+        # Steps read experts then as well, or would if it were held.
+        held = spent + plan.embedding_on_disk_bytes - plan.slots_bytes
+        slots = (plan.device_budget_bytes - held) // plan.slot_bytes
+        assert slots < 1 or slots + plan.num_records <= total
+        assert config.dense_backend == "resident"
+        assert config.device == "cpu"
+    assert plan.dense_bytes + plan.embedding_on_disk_bytes == checkpoint.dense_bytes
     if plan.num_slots + plan.num_records < total:
         assert plan.records_bytes + plan.slot_bytes > plan.host_budget_bytes
     assert plan.slot_bytes >= plan.expert_bytes
@@ -99,6 +114,7 @@ configs = st.fixed_dictionaries(
         "scheduler.max_running": st.integers(1, 64),
         "scheduler.block_tokens": st.integers(1, 64),
         "read_threads": st.integers(1, 8),
+        "dense_backend": st.sampled_from(["resident", "zero3"]),
     }
 )
 checkpoints = st.builds(
@@ -112,6 +128,7 @@ checkpoints = st.builds(
     vocab=st.integers(1, 2000),
     context=st.integers(1, 100_000),
     itemsize=st.sampled_from([2, 4]),
+    tied=st.booleans(),
 )
 
 
@@ -263,6 +280,91 @@ def test_the_runtime_is_small_where_torch_is_all_that_is_imported(dense_backend,
     config = make_config(device_memory=GIB, dense_backend=dense_backend)
     checkpoint = replace(make_checkpoint(), is_plain=is_plain)
     assert plan_memory(config, checkpoint).runtime_bytes == runtime
+
+
+# The embedding
+
+REAL = {"hidden": 4096, "intermediate": 14336, "layers": 4, "vocab": 32000}
+
+
+def with_room(checkpoint: Checkpoint, slots: int, **flags) -> MemoryPlan:
+    """A plan with memory for so many slots beside an embedding that is held."""
+    held = plan_memory(
+        make_config(**{**flags, "device_memory": "min", "dense_backend": "zero3"}), checkpoint
+    )
+    assert held.embedding_on_disk_bytes == 0
+    budget = held.minimum_device_bytes + (slots - 1) * held.slot_bytes
+    return plan_memory(
+        make_config(**{"dense_backend": "resident", **flags, "device_memory": budget}), checkpoint
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "embedding_bytes", "row_bytes"),
+    [
+        ({}, 32000 * 4096 * 2, 4096 * 2),
+        ({"dense_int8": True}, 2000 * (16 * 4096 + 64), 16 * 4096 + 64),
+        ({"itemsize": 4}, 32000 * 4096 * 4, 4096 * 4),
+    ],
+)
+def test_where_experts_are_read_from_disk_so_is_the_embedding(sizes, embedding_bytes, row_bytes):
+    checkpoint = make_checkpoint(**REAL, **sizes)
+    held = with_room(checkpoint, 13, dense_backend="zero3")
+    plan = with_room(checkpoint, 13)
+    assert (held.embedding_on_disk_bytes, held.num_slots) == (0, 13)
+    assert plan.embedding_on_disk_bytes == embedding_bytes
+    assert plan.dense_bytes == held.dense_bytes - embedding_bytes
+    # 64 blocks of rows at once, and a window of each thread's.
+    rows = 64 * row_bytes + 4 * (row_bytes + 2 * 4096)
+    assert plan.workspace_bytes == held.workspace_bytes + rows
+    assert plan.num_slots == 13 + (embedding_bytes - rows) // plan.slot_bytes
+    assert plan.minimum_device_bytes == held.minimum_device_bytes - embedding_bytes + rows
+    table = dict(plan.table())
+    assert table["  embedding"] == format_bytes(embedding_bytes)
+    assert dict(held.table())["  embedding"] == "0 B"
+
+
+def test_short_steps_need_memory_for_few_rows():
+    checkpoint = make_checkpoint(**REAL)
+    for tokens, rows in ((1, 1), (40, 40), (64, 64), (512, 64)):
+        flags = {"scheduler.max_batch_tokens": tokens}
+        held = with_room(checkpoint, 13, **flags, dense_backend="zero3")
+        plan = with_room(checkpoint, 13, **flags)
+        grown = plan.workspace_bytes - held.workspace_bytes
+        assert grown == rows * 8192 + 4 * (8192 + 2 * 4096)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slots", "flags"),
+    [
+        ({}, 32, {}),
+        ({}, 33, {}),
+        ({}, 20, {"host_memory": 13 * 360 * 10**6}),
+        ({"tied": True}, 13, {}),
+        ({}, 13, {"dense_backend": "zero3"}),
+        ({}, 13, {"device": "cuda", "host_memory": 10**9}),
+        # Its rows would take as much memory as it does.
+        ({"vocab": 64}, 13, {}),
+    ],
+)
+def test_else_it_is_held(sizes, slots, flags):
+    checkpoint = make_checkpoint(**{**REAL, **sizes})
+    plan = with_room(checkpoint, slots, **flags)
+    assert plan.embedding_on_disk_bytes == 0
+    assert plan.dense_bytes == checkpoint.dense_bytes
+    assert plan.num_slots == min(slots, 32)
+
+
+def test_its_room_may_be_the_last_that_was_missing():
+    checkpoint = make_checkpoint(**REAL, itemsize=4)
+    held = with_room(checkpoint, 31, dense_backend="zero3")
+    plan = with_room(checkpoint, 31)
+    assert (held.num_slots, held.num_absent) == (31, 1)
+    assert plan.embedding_on_disk_bytes == 32000 * 4096 * 4
+    assert plan.num_absent in (0, 1)
+    larger = held.device_budget_bytes + held.slot_bytes
+    config = make_config(device_memory=larger, dense_backend="resident")
+    assert plan_memory(config, checkpoint).embedding_on_disk_bytes == 0
 
 
 # What the kernel says

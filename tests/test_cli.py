@@ -225,6 +225,11 @@ async def test_plan_and_check_config(tmp_path):
     plan = json.loads(invoke("plan", "--json").stdout)
     assert plan["minimum_device_bytes"] <= plan["device_budget_bytes"]
     assert "expert slots" in invoke("plan").stdout
+    assert plan["embedding_on_disk_bytes"] == 0
+    paged = ("plan", "--json", "--device-memory", "min", "--dense-backend", "resident")
+    on_disk = json.loads(invoke(*paged).stdout)
+    assert on_disk["embedding_on_disk_bytes"] > 0
+    assert on_disk["dense_bytes"] == plan["dense_bytes"] - on_disk["embedding_on_disk_bytes"]
     assert invoke("plan", "--device-memory", "1MiB").exit_code == cli.EXIT_ERROR
     file = tmp_path / "moe.toml"
     file.write_text('device_memory = "24GiB"\n[warmup]\nprobes = 9\n')

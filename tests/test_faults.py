@@ -17,6 +17,7 @@ from moe_server.config import load_config
 from moe_server.errors import Reason
 from moe_server.kernels.formats import WeightFormat
 from moe_server.messages import RequestFailed, StepDone, Submit
+from moe_server.offload.layout import PAGE_BYTES
 from moe_server.pack import pack
 from moe_server.packed import StoreFormat
 from tests.driver import greedy, run, running_engine, token_ids
@@ -99,6 +100,8 @@ def step(engine, outcome: Outcome) -> None:
     done = engine.step()
     outcome.take(done)
     engine.cache.check_integrity()
+    if engine.weights.embedding is not None:
+        engine.weights.embedding.check_integrity()
     engine.scheduler.check_integrity()
 
 
@@ -350,7 +353,7 @@ def test_shards_damaged_under_the_server(shards, damage):
 
 
 class Hang:
-    """Reads that hang from the time the test says so, and a poll that acts while they do."""
+    """Reads of experts that hang, all from now on, and a poll that acts while they do."""
 
     def __init__(self, disk: Disk, engine) -> None:
         self.hanging = threading.Event()
@@ -359,14 +362,20 @@ class Hang:
         """Called one by one, each in a poll of its own, once a read hangs."""
         self.num_reads = 0
         self._real = disk.real
+        # In the same shard.
+        embedding = engine.model.checkpoint.embedding
+        self._row_offsets = range(
+            embedding.offset // PAGE_BYTES * PAGE_BYTES, embedding.offset + embedding.nbytes
+        )
         disk.fault = self._fault
         engine._poll = self._poll
 
-    def _fault(self, *args):
-        self.num_reads += 1
-        self.hanging.set()
-        assert self.released.wait(WAIT_S)
-        return self._real(*args)
+    def _fault(self, descriptor, buffers, offset, *flags):
+        if offset not in self._row_offsets:
+            self.num_reads += 1
+            self.hanging.set()
+            assert self.released.wait(WAIT_S)
+        return self._real(descriptor, buffers, offset, *flags)
 
     def _poll(self) -> None:
         if self.hanging.is_set() and self.actions:

@@ -1,8 +1,9 @@
 """The engine's half of a start: dense weights, then every expert once, reported byte by byte.
 
 Runs in the engine process before its first step, on the engine's own objects; reading was begun
-before, while libraries were imported. What it proves is that every byte can be read and every
-expert computed; how fast requests then are is for the probes.
+before, while libraries were imported. What it proves is that every byte can be read, those of an
+embedding that stays on disk included, and every expert computed; how fast requests then are is for
+the probes.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,9 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
         said(0)
         return said
 
-    engine.model.load_dense(progress(0, checkpoint.dense_bytes))
+    dense_read = progress(0, checkpoint.dense_bytes)
+    engine.model.load_dense(dense_read)
+    engine.weights.read_embedding(lambda done: dense_read(plan.dense_bytes + done))
     if config.dense_backend == "zero3":
         engine.model.use_zero3(config.zero3_config)
     engine.cache.wait_filled(progress(1, engine.cache.coming_bytes))

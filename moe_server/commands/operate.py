@@ -85,6 +85,7 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
         ("  room for", f"{memory.expert_slots} of {memory.experts} experts"),
         ("host records", format_bytes(memory.host_records_bytes)),
         ("  room for", f"{memory.host_records} of {memory.experts} experts"),
+        ("embedding left on disk", format_bytes(memory.embedding_on_disk_bytes)),
         ("experts found on device", hit_rate),
         ("  in host memory", str(experts.host_hits)),
         ("  on disk", str(experts.disk_reads)),

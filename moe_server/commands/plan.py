@@ -36,7 +36,6 @@ def plan(config: Config, *, as_json: bool) -> None:
         **asdict(memory),
         "slots_bytes": memory.slots_bytes,
         "records_bytes": memory.records_bytes,
-        "minimum_device_bytes": memory.minimum_device_bytes,
         "architecture": checkpoint.architecture,
         **checkpoint.stored.names,
         "num_parameters": checkpoint.num_parameters,

@@ -142,6 +142,7 @@ class AdminService:
             host_records_bytes=plan.records_bytes,
             expert_bytes=plan.expert_bytes,
             experts=plan.num_experts_total,
+            embedding_on_disk_bytes=plan.embedding_on_disk_bytes,
         )
 
 

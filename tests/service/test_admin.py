@@ -31,6 +31,7 @@ async def test_status_tells_state_memory_load_and_probes():
         assert status.memory.device_budget_bytes == memory.device_budget_bytes
         assert status.memory.expert_slots_bytes == memory.slots_bytes
         assert status.memory.experts == memory.num_experts_total
+        assert status.memory.embedding_on_disk_bytes == 54_321
         assert [probe.completion_tokens for probe in status.startup.probes] == [2, 2]
         assert all(probe.ttft.ToNanoseconds() > 0 for probe in status.startup.probes)
         again = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())

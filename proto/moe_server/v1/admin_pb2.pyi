@@ -58,7 +58,7 @@ class Probe(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., ttft: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., tpot: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class Memory(_message.Message):
-    __slots__ = ("device_budget_bytes", "dense_bytes", "kv_bytes", "workspace_bytes", "expert_slots_bytes", "expert_slots", "host_budget_bytes", "host_records", "host_records_bytes", "expert_bytes", "experts")
+    __slots__ = ("device_budget_bytes", "dense_bytes", "kv_bytes", "workspace_bytes", "expert_slots_bytes", "expert_slots", "host_budget_bytes", "host_records", "host_records_bytes", "expert_bytes", "experts", "embedding_on_disk_bytes")
     DEVICE_BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     DENSE_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Memory(_message.Message):
     HOST_RECORDS_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPERT_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_ON_DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     device_budget_bytes: int
     dense_bytes: int
     kv_bytes: int
@@ -81,7 +82,8 @@ class Memory(_message.Message):
     host_records_bytes: int
     expert_bytes: int
     experts: int
-    def __init__(self, device_budget_bytes: _Optional[int] = ..., dense_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., expert_slots_bytes: _Optional[int] = ..., expert_slots: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_records: _Optional[int] = ..., host_records_bytes: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., experts: _Optional[int] = ...) -> None: ...
+    embedding_on_disk_bytes: int
+    def __init__(self, device_budget_bytes: _Optional[int] = ..., dense_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., workspace_bytes: _Optional[int] = ..., expert_slots_bytes: _Optional[int] = ..., expert_slots: _Optional[int] = ..., host_budget_bytes: _Optional[int] = ..., host_records: _Optional[int] = ..., host_records_bytes: _Optional[int] = ..., expert_bytes: _Optional[int] = ..., experts: _Optional[int] = ..., embedding_on_disk_bytes: _Optional[int] = ...) -> None: ...
 
 class ExpertCounters(_message.Message):
     __slots__ = ("device_hits", "host_hits", "disk_reads", "transfer_bytes", "read_bytes", "prefetches", "prefetch_hits", "cancelled_reads")
