@@ -139,9 +139,9 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     minimum = fixed - on_disk + rows + slot
     runtime = runtime_bytes(config, checkpoint)
     budget = _device_budget(config, runtime, minimum, fixed + max(1, total) * slot)
-    room = (budget - fixed) // slot
-    if room >= 1 and room + config.host_memory // slot >= total:
-        # No step will wait for an expert: none is to wait for the embedding.
+    room, room_without = (budget - fixed) // slot, (budget - fixed + on_disk - rows) // slot
+    if room >= 1 and (room_without == room or room + config.host_memory // slot >= total):
+        # It would make room for no expert, or no step waits for one: none is to wait for it.
         on_disk = rows = 0
     dense, workspace = dense - on_disk, workspace + rows
     if budget < minimum:
@@ -378,7 +378,8 @@ def _embedding_from_disk(config: Config, checkpoint: Checkpoint) -> tuple[int, i
 
     Zeros where it has to be held in any case, or that would take less.
     """
-    if config.device != "cpu" or config.dense_backend != "resident" or checkpoint.is_tied:
+    is_resident = config.device == "cpu" and config.dense_backend == "resident"
+    if not is_resident or checkpoint.is_tied or not checkpoint.experts:
         return 0, 0
     layout = checkpoint.embedding_layout
     rows = embedding_places(config, checkpoint) * layout.block_bytes
