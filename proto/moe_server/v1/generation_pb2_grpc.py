@@ -65,7 +65,9 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Streams a completion: one `started`, then any number of `delta`s, then exactly one `finished`.
+        """Streams a completion: one `started`, then any number of `delta`s, then exactly one `finished`. With
+        num_samples above 1 the samples share the stream: `delta`s and one `finished` of each, told apart by
+        their index and interleaved as they come; the last `finished` ends it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
