@@ -64,6 +64,7 @@ setup(
         "grpcio-health-checking>=1.76",
         "grpcio-reflection>=1.76",
         "grpcio-status>=1.76",
+        "llguidance>=1.9",
         "msgspec>=0.19",
         "numpy>=2.0",
         "protobuf>=6.31",
@@ -85,6 +86,7 @@ setup(
         "dev": [
             "grpcio-tools==1.76.0",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "mistral-common[sentencepiece]>=1.8",
             "mypy>=2.0",
             "pytest>=9.0",

@@ -18,6 +18,7 @@ class FinishReason(Enum):
     END_OF_SEQUENCE = "end_of_sequence"
     STOP_SEQUENCE = "stop_sequence"
     LENGTH = "length"
+    STOP_TOKEN = "stop_token"  # noqa: S105  # no secret
 
 
 class Sampling(msgspec.Struct, frozen=True):
@@ -31,6 +32,39 @@ class Sampling(msgspec.Struct, frozen=True):
     seed: int = 0
     """Unsigned 64-bit. Tokens depend on it and on nothing else that is random."""
     repetition_penalty: float = 1.0
+    """Of tokens in prompt and completion."""
+    presence_penalty: float = 0.0
+    """Of tokens in the completion, as the next one."""
+    frequency_penalty: float = 0.0
+    sample_index: int = 0
+    """Which of several completions of one prompt and seed this is."""
+
+
+class ConstraintKind(Enum):
+    """What a constraint is written in; the value is the protocol's field."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICES = "choices"
+
+
+class Constraint(msgspec.Struct, frozen=True):
+    """What the text of a completion must be."""
+
+    kind: ConstraintKind
+    texts: tuple[str, ...]
+    """The choices; of the other kinds the one text."""
+
+
+class Vocabulary(msgspec.Struct, frozen=True, tag=True):
+    """What tokens stand for in a text, which constraints are made of. Sent once, before them."""
+
+    tokens: bytes
+    """MessagePack of a list of bytes, one for each id: read when the first constraint comes."""
+    vocab_size: int
+    """The model's; it may have more ids than the tokenizer, or fewer."""
+    eos_token_ids: list[int]
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -46,6 +80,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     sampling: Sampling = Sampling()
     logprobs: int = -1
     """-1: none; 0: of the chosen token; n: also of the n most likely ones."""
+    stop_token_ids: list[int] = []
+    """Generation ends after any of these, too."""
+    constraint: Constraint | None = None
     deadline: float | None = None
     """`time.monotonic()` after which nobody waits for the answer."""
 
@@ -93,6 +130,7 @@ class RequestFailed(msgspec.Struct, frozen=True):
     reason: Reason
     message: str
     remedy: str = ""
+    field: str = ""
 
 
 class ExpertCounters(msgspec.Struct):
@@ -178,5 +216,5 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
         return cls(error.reason, error.message, error.remedy, retry)
 
 
-ToEngine: TypeAlias = Submit | Cancel | Shutdown
+ToEngine: TypeAlias = Submit | Cancel | Shutdown | Vocabulary
 FromEngine: TypeAlias = StepDone | Progress | Loaded | Fatal

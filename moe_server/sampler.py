@@ -1,18 +1,33 @@
 """From logits to tokens.
 
-A sampled token depends on its own logits, the request's seed and its number in the completion, and
-on nothing else: the draw is counter-based (Philox, keyed by the seed), so neighbours in the batch,
-chunking or a restart do not change it.
+A sampled token depends on its own logits, the request's seed, the sample's index and the token's
+number in the completion, and on nothing else: the draw is counter-based (Philox, keyed by the
+seed), so neighbours in the batch, chunking or a restart do not change it.
+
+Greedy rows without changes are one argmax on the device. All others are chosen on the host, in
+numpy: penalties, then the constraint's mask, then the temperature and the filters, which leave a
+set of tokens, then a draw from that set in order of ids. No step sorts the vocabulary but top_p,
+and that only as much of it as carries the probability.
 """
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moe_server.messages import Sampling
 from moe_server.sequence import Sequence
+
+Scores: TypeAlias = npt.NDArray[np.float32]
+Weights: TypeAlias = npt.NDArray[np.float64]
+"""Unnormalised probabilities; the most likely token's is 1."""
+Ids: TypeAlias = npt.NDArray[np.int64]
+
+FIRST_NUCLEUS = 1024
+"""Tokens among which top_p is looked for first; then four times as many, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,61 +44,137 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
     """Chooses the next token of each request.
 
     Args:
-        logits: float32 (rows, vocab_size), one row a request, in their order.
+        logits: float32 (rows, vocab_size), one row a request, in their order; finite.
         sequences: The requests.
     """
     greedy = logits.argmax(dim=-1).tolist()
     sampled = []
     for row, sequence, best in zip(logits, sequences, greedy, strict=True):
-        sampling = sequence.request.sampling
-        token_id = best
-        if sampling.temperature > 0 or sampling.repetition_penalty != 1:
-            penalised = _penalise(row, sequence.token_ids, sampling.repetition_penalty)
-            token_id = int(penalised.argmax())
-            if sampling.temperature > 0:
-                token_id = _draw(penalised, sampling, sequence.num_completion_tokens)
-        sampled.append(_with_logprobs(token_id, row, sequence.request.logprobs))
+        token_id, num_logprobs = best, sequence.request.logprobs
+        is_changed = _is_changed(sequence)
+        if not is_changed and num_logprobs < 0:
+            sampled.append(Sampled(best))
+            continue
+        own: Scores = row.cpu().numpy()
+        if is_changed:
+            scores = _constrain(_penalise(own, sequence), sequence)
+            token_id = _choose(scores, sequence)
+        sampled.append(_with_logprobs(token_id, own, num_logprobs))
     return sampled
 
 
-def _with_logprobs(token_id: int, row: torch.Tensor, num_top: int) -> Sampled:
-    if num_top < 0:
-        return Sampled(token_id)
-    logprobs = row.log_softmax(dim=-1)
-    top = logprobs.topk(min(num_top, len(row)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Sampled(token_id, float(logprobs[token_id]), tuple(pairs))
+def _is_changed(sequence: Sequence) -> bool:
+    """Whether the choice can differ from the model's most likely token."""
+    sampling = sequence.request.sampling
+    return (
+        sampling.temperature > 0
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+        or sequence.matcher is not None
+    )
 
 
-def _penalise(row: torch.Tensor, token_ids: Rows[int], penalty: float) -> torch.Tensor:
-    """Makes tokens that were already there less likely (Keskar et al., 2019, arXiv:1909.05858)."""
-    if penalty == 1:
-        return row
-    seen = torch.tensor(sorted(set(token_ids)), device=row.device)
-    row = row.clone()
-    values = row[seen]
-    row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    return row
+def _penalise(scores: Scores, sequence: Sequence) -> Scores:
+    """Makes tokens that were already there less likely.
+
+    Repetition counts the prompt too (Keskar et al., 2019, arXiv:1909.05858); presence and frequency
+    count the completion only, as in OpenAI's and vLLM's interfaces.
+    """
+    sampling = sequence.request.sampling
+    if sampling.repetition_penalty != 1:
+        scores, penalty = scores.copy(), np.float32(sampling.repetition_penalty)
+        seen = np.unique(np.array(sequence.token_ids))
+        values = scores[seen]
+        scores[seen] = np.where(values > 0, values / penalty, values * penalty)
+    num_completion = sequence.num_completion_tokens
+    if num_completion and (sampling.presence_penalty or sampling.frequency_penalty):
+        scores = scores.copy()
+        seen, counts = np.unique(np.array(sequence.token_ids[-num_completion:]), return_counts=True)
+        subtrahend = sampling.presence_penalty + sampling.frequency_penalty * counts
+        scores[seen] -= subtrahend.astype(np.float32)
+    return scores
 
 
-def _draw(row: torch.Tensor, sampling: Sampling, number: int) -> int:
+def _constrain(scores: Scores, sequence: Sequence) -> Scores:
+    """Leaves only what the request's constraint allows next; that is never nothing."""
+    if sequence.matcher is None:
+        return scores
+    return np.where(sequence.matcher.allowed, scores, np.float32(-np.inf))
+
+
+def _choose(scores: Scores, sequence: Sequence) -> int:
+    sampling = sequence.request.sampling
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    return _draw(scores, sampling, sequence.num_completion_tokens)
+
+
+def _draw(scores: Scores, sampling: Sampling, number: int) -> int:
     """Draws token `number` of a completion from the filtered distribution.
 
-    Filters apply in the order top_k, top_p, min_p, each to the distribution the one before left.
-    In float64, most likely first; equal logits keep the order of their ids.
+    Filters apply in the order top_k, top_p, min_p, each to the distribution the one before left; of
+    equal scores the lower ids are kept. In float64. What is kept is laid end to end in order of ids
+    and the draw is a point on it.
     """
-    logits, order = torch.sort(row.double() / sampling.temperature, descending=True, stable=True)
-    if 0 < sampling.top_k < len(logits):
-        logits = logits[: sampling.top_k]
-    probabilities = logits.softmax(dim=-1)
+    ids: Ids | None = None
+    if 0 < sampling.top_k < len(scores):
+        ids = _largest(scores, sampling.top_k)
+        scores = scores[ids]
+    weights: Weights = scores.astype(np.float64)
+    weights -= weights.max()
+    weights /= sampling.temperature
+    np.exp(weights, out=weights)
     if sampling.top_p < 1:
-        # Those that do not reach top_p together, and the one that does.
-        num_below = int((probabilities.cumsum(dim=-1) < sampling.top_p).sum())
-        probabilities = probabilities[: num_below + 1]
-    # They descend: what min_p drops is a tail, and the first always stays.
-    probabilities = probabilities[probabilities >= sampling.min_p * probabilities[0]]
-    cumulative = probabilities.cumsum(dim=-1)
-    generator = np.random.Generator(np.random.Philox(key=sampling.seed, counter=[number, 0, 0, 0]))
-    point = generator.random() * float(cumulative[-1])
-    chosen = int(torch.searchsorted(cumulative, point, right=True))
-    return int(order[min(chosen, len(cumulative) - 1)])
+        nucleus = _nucleus(weights, sampling.top_p)
+        weights, ids = weights[nucleus], nucleus if ids is None else ids[nucleus]
+    if sampling.min_p > 0:
+        likely = np.flatnonzero(weights >= sampling.min_p)
+        weights, ids = weights[likely], likely if ids is None else ids[likely]
+    cumulative = weights.cumsum()
+    counter = [number, sampling.sample_index, 0, 0]
+    generator = np.random.Generator(np.random.Philox(key=sampling.seed, counter=counter))
+    point = generator.random() * cumulative[-1]
+    # A point that was rounded up to the very end belongs to the last token that has a probability.
+    end = cumulative.searchsorted(cumulative[-1], side="left")
+    chosen = min(cumulative.searchsorted(point, side="right"), end)
+    return int(chosen if ids is None else ids[chosen])
+
+
+def _nucleus(weights: Weights, top_p: float) -> Ids:
+    """Ascending indices of the fewest weights that together reach `top_p` of all."""
+    goal, size = top_p * weights.sum(), FIRST_NUCLEUS
+    while True:
+        candidates = _largest(weights, size)
+        likely_first = candidates[np.argsort(-weights[candidates], kind="stable")]
+        cumulative = weights[likely_first].cumsum()
+        if cumulative[-1] >= goal or len(candidates) == len(weights):
+            # Those that do not reach it together, and the one that does.
+            num_below = int(cumulative.searchsorted(goal, side="left"))
+            return np.sort(likely_first[: num_below + 1])
+        size *= 4
+
+
+def _largest(values: npt.NDArray[Any], count: int) -> Ids:
+    """Ascending indices of the `count` largest values, or of all; of equal ones the first."""
+    if count >= len(values):
+        return np.arange(len(values))
+    threshold = np.partition(values, -count)[-count]
+    above = np.flatnonzero(values > threshold)
+    ties = np.flatnonzero(values == threshold)[: count - len(above)]
+    return np.sort(np.concatenate((above, ties)))
+
+
+def _with_logprobs(token_id: int, row: Scores, num_top: int) -> Sampled:
+    """Adds log-probabilities before penalties, constraint, temperature and filters."""
+    if num_top < 0:
+        return Sampled(token_id)
+    logprobs: Weights = row.astype(np.float64)
+    logprobs -= logprobs.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        largest = _largest(row, num_top)
+        likely_first = largest[np.argsort(-row[largest], kind="stable")]
+        top = tuple(zip(likely_first.tolist(), logprobs[likely_first].tolist(), strict=True))
+    return Sampled(token_id, float(logprobs[token_id]), top)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from moe_server.constraints.matcher import Matcher
 from moe_server.messages import Submit, Timings
 
 
@@ -20,6 +21,8 @@ class Sequence:
     """KV blocks in order of position. Written by the scheduler."""
     timings: Timings = field(default_factory=Timings)
     """Written by the engine after each step."""
+    matcher: Matcher | None = None
+    """What the request's constraint allows next. Set by the engine before it is queued."""
 
     @classmethod
     def of(cls, request: Submit, now: float) -> "Sequence":

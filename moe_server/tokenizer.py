@@ -60,13 +60,14 @@ class Tokenizer:
         adds_leading_space: Whether encoding puts a space before the text; `decode` takes it off.
     """
 
-    __slots__ = ("_adds_leading_space", "_encode_text", "_token_bytes", "longest_token_bytes")
+    __slots__ = ("_adds_leading_space", "_encode_text", "longest_token_bytes", "token_bytes")
 
     def __init__(
         self, encode_text: TextEncoder, token_bytes: Sequence[bytes], *, adds_leading_space: bool
     ) -> None:
         self._encode_text = encode_text
-        self._token_bytes = token_bytes
+        self.token_bytes = token_bytes
+        """What each id stands for in a text; b"" for special tokens."""
         self.longest_token_bytes = max(map(len, token_bytes), default=1)
         """The most bytes of a text that one token can stand for."""
         self._adds_leading_space = adds_leading_space
@@ -74,7 +75,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """The number of ids, added tokens included; a model's embedding may be padded beyond it."""
-        return len(self._token_bytes)
+        return len(self.token_bytes)
 
     def encode(self, text: str, max_tokens: int = sys.maxsize) -> list[int]:
         """Turns untrusted text into ids.
@@ -102,12 +103,12 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """A whole text, without special tokens and the space that encoding put before it."""
-        text = b"".join(_bytes_of(self._token_bytes, token_id) for token_id in token_ids)
+        text = b"".join(_bytes_of(self.token_bytes, token_id) for token_id in token_ids)
         return text[self._adds_leading_space and text[:1] == b" " :].decode("utf-8", "replace")
 
     def detokenizer(self) -> Detokenizer:
         """For the completion of a prompt: it keeps the first token's leading space."""
-        return Detokenizer(self._token_bytes)
+        return Detokenizer(self.token_bytes)
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:

@@ -118,6 +118,53 @@ def test_filters_keep_what_the_reference_keeps(logits, temperature, top_k, top_p
     assert all(expected[token] < 0.4 for token in missed)
 
 
+def drawn_by_hand(kept: list[tuple[int, float]], sampling: Sampling, number: int) -> int:
+    """The point that the seed names on (token, probability), laid end to end."""
+    counter = [number, sampling.sample_index, 0, 0]
+    point = np.random.Generator(np.random.Philox(key=sampling.seed, counter=counter)).random()
+    reached = 0.0
+    for token, probability in kept:
+        reached += probability
+        if point < reached:
+            return token
+    return kept[-1][0]
+
+
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    levels=st.integers(1, 6),
+    spread=st.sampled_from([0.01, 1.0, 8.0]),
+    top_k=st.sampled_from([0, 0, 1, 50, 1500]),
+    top_p=st.sampled_from([1.0, 1.0, 0.3137, 0.9371, 0.99991]),
+    min_p=st.sampled_from([0.0, 0.0, 0.0713]),
+    sample_index=st.integers(0, 3),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_token_of_a_seed_is_the_reference_s(
+    seed, levels, spread, top_k, top_p, min_p, sample_index
+):
+    """Flat distributions, with a nucleus of thousands, and steep ones; ties abound."""
+    generator = torch.Generator().manual_seed(seed % 1000)
+    logits = torch.randint(0, levels, (1, 3000), generator=generator) * spread
+    sampling = Sampling(0.8, top_k, top_p, min_p, seed, sample_index=sample_index)
+    sequences = [make(sampling, number) for number in range(4)]
+    kept = sorted(filtered(logits[0].tolist(), sampling).items())
+    expected = [drawn_by_hand(kept, sampling, number) for number in range(4)]
+    assert draws(logits, sequences) == expected
+
+
+def test_samples_of_a_seed_are_independent():
+    first, second = (
+        draws(
+            torch.zeros(1, 3),
+            [make(Sampling(1.0, seed=5, sample_index=index), number) for number in range(1500)],
+        )
+        for index in range(2)
+    )
+    pairs = [3 * a + b for a, b in zip(first, second, strict=True)]
+    assert_distributed(pairs, dict.fromkeys(range(9), 1 / 9))
+
+
 def test_of_many_equal_logits_top_k_keeps_the_first():
     sampling = Sampling(temperature=1.0, top_k=3)
     drawn = draws(torch.zeros(1, 32_000), [make(sampling, number) for number in range(60)])
@@ -182,6 +229,58 @@ def test_the_repetition_penalty_is_transformers(penalty, seed):
     hot = {"temperature": 1.0, "repetition_penalty": penalty}
     many = [make(Sampling(**hot, seed=number), prompt=tokens) for number in range(300)]
     assert_distributed(draws(logits, many), filtered(penalised[0].tolist(), Sampling(1.0)))
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(0.7, 0.0), (0.0, 0.4), (-0.5, 1.1)])
+def test_presence_and_frequency_count_the_completion_only(presence, frequency):
+    sampling = Sampling(presence_penalty=presence, frequency_penalty=frequency)
+    sequence = make(sampling, prompt=(3, 3, 3, 1))
+    logits = torch.tensor([[1.0, 1.5, 1.9, 2.0]])
+    assert sample(logits, [sequence])[0].token_id == 3
+    sequence.token_ids += [3, 2, 3]
+    expected = logits[0] - torch.tensor([0, 0, frequency + presence, 2 * frequency + presence])
+    untouched = logits.clone()
+    assert sample(logits, [sequence])[0].token_id == int(expected.argmax())
+    assert torch.equal(logits, untouched)
+    many = [
+        make(Sampling(1.0, seed=n, presence_penalty=presence, frequency_penalty=frequency), 2)
+        for n in range(500)
+    ]
+    for one in many:
+        one.token_ids[-2:] = [1, 1]
+    by_hand = logits[0] - torch.tensor([0, 2 * frequency + presence, 0, 0])
+    assert_distributed(draws(logits, many), filtered(by_hand.tolist(), Sampling(1.0)))
+
+
+class Allowing:
+    """Stands in for a matcher."""
+
+    def __init__(self, *token_ids: int, vocab_size: int = 12) -> None:
+        self.allowed = np.isin(np.arange(vocab_size), token_ids)
+
+
+def allow(sequence: Sequence, *token_ids: int) -> Sequence:
+    sequence.matcher = Allowing(*token_ids)
+    return sequence
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_constraint_comes_before_temperature_and_filters(name):
+    base, allowed = DISTRIBUTIONS[name], (1, 4, 5, 9, 10, 11)
+    fields = {key: getattr(base, key) for key in ("temperature", "top_k", "top_p", "min_p")}
+    sequences = [allow(make(Sampling(**fields, seed=n)), *allowed) for n in range(1200)]
+    expected = filtered([LOGITS[0, token].item() for token in allowed], base)
+    drawn = draws(LOGITS, sequences)
+    assert_distributed(drawn, {allowed[token]: p for token, p in expected.items()})
+    least = int(LOGITS.argmin())
+    alone = [allow(make(Sampling(**fields, seed=n)), least) for n in range(20)]
+    assert set(draws(LOGITS, alone)) == {least}
+
+
+def test_greedy_takes_the_best_that_is_allowed_and_neighbours_theirs():
+    best = LOGITS[0].argsort(descending=True).tolist()
+    sequences = [make(), allow(make(), *best[3:]), allow(make(), best[-1]), make()]
+    assert draws(LOGITS, sequences) == [best[0], best[3], best[-1], best[0]]
 
 
 def test_log_probabilities_are_those_of_the_model_itself():

@@ -1,0 +1,68 @@
+"""From a constraint to what llguidance compiles, and how much it may cost.
+
+Called on both sides: by the trial and by the engine's compiler, which must agree.
+"""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from moe_server.errors import MoeServerError
+from moe_server.messages import Constraint, ConstraintKind
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+WHITESPACE = r" |\r?\n[ \t]{0,20}"
+"""Between the tokens of a JSON document. A model that likes blanks would never end without it."""
+
+_OPTIONS = '\n%llguidance {"no_forcing": true}'
+"""Text that the grammar forces is tokenised as the model likes it. llguidance would force its own
+reading of it, for which it would need the tokenizer. Last, so that error messages count lines as
+the user does."""
+
+
+def to_grammar(constraint: Constraint) -> str:
+    """The constraint in llguidance's own form.
+
+    Raises:
+        MoeServerError: A JSON schema that is not JSON.
+    """
+    from llguidance import regex_to_lark  # noqa: PLC0415 - only where constraints are used
+
+    match constraint.kind:
+        case ConstraintKind.JSON_SCHEMA:
+            schema = {"name": "schema", "json_schema": _parse_schema(constraint.texts[0])}
+            return json.dumps({"grammars": [{"lark_grammar": "start: @schema" + _OPTIONS}, schema]})
+        case ConstraintKind.REGEX:
+            lark = f"start: /{regex_to_lark(constraint.texts[0], use_ascii='')}/"
+        case ConstraintKind.CHOICES:
+            choices = " | ".join(json.dumps(text) for text in constraint.texts)
+            lark = f"start: CHOICE\nCHOICE: {choices}"
+        case ConstraintKind.GRAMMAR:
+            lark = constraint.texts[0]
+    return json.dumps({"grammars": [{"lark_grammar": lark + _OPTIONS}]})
+
+
+def limits() -> "LLParserLimits":
+    """What one constraint may use; the library's own bounds allow 500 MB a request."""
+    from llguidance import LLParserLimits  # noqa: PLC0415 - only where constraints are used
+
+    return LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
+
+
+def refusal(constraint: Constraint, problem: str) -> MoeServerError:
+    """What the caller of a constraint that cannot be used is told."""
+    field = constraint.kind.value
+    name = {"json_schema": "JSON schema", "regex": "regular expression"}.get(field, field)
+    return MoeServerError(f"The {name} cannot be used: {problem.rstrip('.')}.", field=field)
+
+
+def _parse_schema(text: str) -> Any:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else f"no JSON: {error}"
+        raise refusal(Constraint(ConstraintKind.JSON_SCHEMA, (text,)), problem) from None
+    if isinstance(schema, dict):
+        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
+    return schema
