@@ -7,7 +7,8 @@
 Turns failed RPCs into MoeServerErrors whose remedy comes from the status details.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -94,15 +95,25 @@ class Client:
         sampling: generation_pb2.Sampling | None = None,
         stopping: generation_pb2.Stopping | None = None,
         output: generation_pb2.Output | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choices: Sequence[str] | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         """Yields `started`, `delta`s, `finished`. Leaving the iteration early cancels the request.
+
+        With several samples, deltas and finishes carry the sample's index.
 
         Args:
             prompt: Text, or token ids.
             sampling: Absent: greedy.
             stopping: Absent: the server's default length.
             output: What to return beside tokens.
+            json_schema: The text is to be a JSON document of this schema, given as JSON or decoded.
+            regex: The text is to match this regular expression.
+            grammar: The text is to be of this grammar, in Lark's syntax.
+            choices: The text is to be one of these. At most one of the four may be given.
             timeout_s: The deadline; absent: none.
 
         Raises:
@@ -111,6 +122,18 @@ class Client:
         request = generation_pb2.GenerateStreamRequest(
             sampling=sampling, stopping=stopping, output=output
         )
+        if sum(given is not None for given in (json_schema, regex, grammar, choices)) > 1:
+            raise MoeServerError("At most one of json_schema, regex, grammar and choices.")
+        if json_schema is not None:
+            given = json_schema
+            request.json_schema = given if isinstance(given, str) else json.dumps(given)
+        elif regex is not None:
+            request.regex = regex
+        elif grammar is not None:
+            request.grammar = grammar
+        elif choices is not None:
+            request.choices.values.extend(choices)
+            request.choices.SetInParent()
         if isinstance(prompt, str):
             request.text = prompt
         else:

@@ -13,6 +13,7 @@ import torch
 
 from moe_server.budget import MemoryPlan, usable_cores
 from moe_server.config import Config
+from moe_server.constraints.compiler import Compiler
 from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels import native
 from moe_server.messages import (
@@ -33,6 +34,9 @@ from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
 from moe_server.step import StepInput
 from moe_server.weights import Weights
+
+COMPILED_WITHIN_S = 0.01
+"""How long a step without work waits for a constraint before the inbox is looked into again."""
 
 
 class Engine:
@@ -73,22 +77,29 @@ class Engine:
             num_blocks=plan.num_blocks,
             block_tokens=block_tokens,
         )
+        self.compiler = Compiler()
         self._failed: list[RequestFailed] = []
 
     def submit(self, request: Submit) -> None:
-        """Queues a request."""
-        self.scheduler.add(Sequence.of(request, time.monotonic()))
+        """Queues a request, once its constraint is compiled if it has one."""
+        sequence = Sequence.of(request, time.monotonic())
+        if request.constraint is None:
+            self.scheduler.add(sequence)
+        else:
+            self.compiler.begin(sequence)
 
     def cancel(self, request_id: int) -> None:
         """Forgets a request; nothing is reported for it any more."""
         self.scheduler.remove(request_id)
+        self.compiler.forget(request_id)
 
     @property
     def idle(self) -> bool:
-        return not (self.scheduler.waiting or self.scheduler.running)
+        return not (self.scheduler.waiting or self.scheduler.running or self.compiler.waiting)
 
     def step(self) -> StepDone:
         """Runs one step and reports what it brought; an idle engine reports its load."""
+        self._take_compiled()
         self._expire()
         step = self.scheduler.schedule()
         tokens: list[TokenEvent] = []
@@ -108,12 +119,23 @@ class Engine:
 
     def cancel_all(self) -> None:
         """Forgets all requests: a step that waits for the disk ends."""
-        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+        everyone = (*self.scheduler.waiting, *self.scheduler.running, *self.compiler.waiting)
+        for sequence in everyone:
             self.cancel(sequence.request.request_id)
 
     def close(self) -> None:
-        """Ends the reader's threads."""
+        """Ends the reader's threads and the compiler's."""
+        self.compiler.close()
         self.weights.close()
+
+    def _take_compiled(self) -> None:
+        """Queues requests whose constraint is ready."""
+        has_work = self.scheduler.waiting or self.scheduler.running
+        for sequence, error in self.compiler.take_ready(0.0 if has_work else COMPILED_WITHIN_S):
+            if error is None:
+                self.scheduler.add(sequence)
+            else:
+                self._fail([sequence], error)
 
     def _postprocess(self, sequences: Many[Sequence], sampled: Many[Sampled]) -> list[TokenEvent]:
         """Appends the new tokens; requests that are complete leave."""
@@ -121,11 +143,11 @@ class Engine:
         for sequence, choice in zip(sequences, sampled, strict=True):
             request = sequence.request
             sequence.token_ids.append(choice.token_id)
-            finish = None
-            if choice.token_id in request.eos_token_ids:
-                finish = FinishReason.END_OF_SEQUENCE
-            elif sequence.num_completion_tokens == request.max_new_tokens:
-                finish = FinishReason.LENGTH
+            try:
+                finish = _finish(sequence)
+            except MoeServerError as error:
+                self._fail([sequence], error)
+                continue
             if finish is not None:
                 self.scheduler.remove(request.request_id)
             events.append(
@@ -218,7 +240,7 @@ class Engine:
             request_id = sequence.request.request_id
             self.scheduler.remove(request_id)
             self._failed.append(
-                RequestFailed(request_id, error.reason, error.message, error.remedy)
+                RequestFailed(request_id, error.reason, error.message, error.remedy, error.field)
             )
 
     def _load(self) -> EngineLoad:
@@ -267,6 +289,25 @@ class _Spent:
     router_s: float
     cache: CacheCounters
     moves: MoveCounters
+
+
+def _finish(sequence: Sequence) -> FinishReason | None:
+    """Why a request ends with its newest token, if it does; moves its constraint on if not.
+
+    Raises:
+        MoeServerError: Its constraint takes too much, or no token can follow.
+    """
+    request, token_id, matcher = sequence.request, sequence.token_ids[-1], sequence.matcher
+    if token_id in request.eos_token_ids:
+        return FinishReason.END_OF_SEQUENCE
+    if token_id in request.stop_token_ids:
+        return FinishReason.STOP_TOKEN
+    is_last = sequence.num_completion_tokens == request.max_new_tokens
+    if matcher is not None:
+        matcher.accept(token_id, look=not is_last)
+        if matcher.is_complete:
+            return FinishReason.END_OF_SEQUENCE
+    return FinishReason.LENGTH if is_last else None
 
 
 def _without_left(

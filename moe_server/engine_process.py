@@ -29,6 +29,7 @@ from moe_server.messages import (
     Shutdown,
     Submit,
     ToEngine,
+    Vocabulary,
 )
 from moe_server.weights import Weights
 
@@ -123,6 +124,8 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
                     engine.submit(request)
                 case Cancel(request_id):
                     engine.cancel(request_id)
+                case Vocabulary() as vocabulary:
+                    engine.compiler.use(vocabulary)
                 case Shutdown():
                     is_shutdown = True
                     engine.cancel_all()

@@ -99,7 +99,10 @@ class OpenRequests:
     def fail(self, failure: RequestFailed) -> None:
         """Fails one request with the engine's reason."""
         if request := self._requests.get(failure.request_id):
-            request.fail(MoeServerError(failure.message, failure.remedy, reason=failure.reason))
+            error = MoeServerError(
+                failure.message, failure.remedy, reason=failure.reason, field=failure.field
+            )
+            request.fail(error)
 
     def fail_all(self, message: str, remedy: str) -> None:
         """Fails every request that has not already ended, as retryable."""

@@ -22,7 +22,16 @@ import structlog
 from moe_server.config import Config
 from moe_server.engine_link import EngineLink, open_link
 from moe_server.errors import MoeServerError, Reason
-from moe_server.messages import Cancel, EngineLoad, Fatal, Loaded, Progress, StepDone, Submit
+from moe_server.messages import (
+    Cancel,
+    EngineLoad,
+    Fatal,
+    Loaded,
+    Progress,
+    StepDone,
+    Submit,
+    ToEngine,
+)
 from moe_server.open_requests import OpenRequest, OpenRequests
 from moe_server.patience import Patience
 from moe_server.state import ServerState, StateFeed
@@ -53,6 +62,7 @@ class Supervisor:
         command: The engine's command line (`ENGINE_COMMAND` but in tests); its socket address is
             appended.
         patience: How long to wait for what.
+        introduction: Messages for each engine after its configuration.
     """
 
     def __init__(
@@ -61,7 +71,9 @@ class Supervisor:
         prove: Callable[[], Awaitable[None]],
         command: Sequence[str],
         patience: Patience,
+        introduction: Sequence[ToEngine] = (),
     ) -> None:
+        self._introduction = introduction
         self._config = config
         self._prove = prove
         self._command = command
@@ -274,6 +286,8 @@ class Supervisor:
 
     async def _read(self, link: EngineLink) -> Loss:
         await link.send_config(self._config.model_dump_json().encode())
+        for introduction in self._introduction:
+            link.send(introduction)
         while True:
             try:
                 message = await link.receive()

@@ -33,6 +33,7 @@ from moe_server.messages import (
     Timings,
     ToEngine,
     TokenEvent,
+    Vocabulary,
 )
 
 HEARTBEAT_MS = 50
@@ -76,7 +77,9 @@ class FakeEngine:
                 self.take(message)
             self.step()
 
-    def take(self, message: Submit | Cancel) -> None:
+    def take(self, message: Submit | Cancel | Vocabulary) -> None:
+        if isinstance(message, Vocabulary):
+            return
         if isinstance(message, Cancel):
             self.num_cancels += 1
             self.running.pop(message.request_id, None)
@@ -110,6 +113,8 @@ class FakeEngine:
     def finish(self, submit: Submit, token_ids: list[int]) -> FinishReason | None:
         if token_ids[-1] in submit.eos_token_ids:
             return FinishReason.END_OF_SEQUENCE
+        if token_ids[-1] in submit.stop_token_ids:
+            return FinishReason.STOP_TOKEN
         if len(token_ids) - len(submit.token_ids) >= submit.max_new_tokens:
             return FinishReason.LENGTH
         return None

@@ -132,13 +132,19 @@ def request(
     model: str = "",
     **options,
 ):
-    """`options` are fields of sampling, stopping and output, told apart by name."""
+    """`options` are fields of sampling, stopping, output and the constraint, told apart by name."""
     made = kind(model=model)
     if isinstance(prompt, str):
         made.text = prompt
     elif prompt is not None:
         made.token_ids.ids.extend(prompt)
+    choices = options.pop("choices", None)
+    if choices is not None:
+        made.choices.SetInParent()
+        made.choices.values.extend(choices)
     for name, value in options.items():
+        if name in ("json_schema", "regex", "grammar"):
+            setattr(made, name, value)
         for section in (made.sampling, made.stopping, made.output):
             if name in section.DESCRIPTOR.fields_by_name:
                 if isinstance(value, list):

@@ -134,6 +134,14 @@ def test_offload_imports_offload_errors_and_formats_only(file):
     assert all(name.startswith(allowed) for name in ours(imports_of(file)))
 
 
+@pytest.mark.parametrize("file", sources("moe_server/constraints"), ids=show)
+def test_constraints_know_neither_service_nor_engine(file):
+    rooms = ("constraints.", "errors.", "messages.", "sequence.")
+    allowed = tuple(f"moe_server.{room}" for room in rooms)
+    assert all(name.startswith(allowed) for name in ours(imports_of(file)))
+    assert "llguidance" not in outermost(imports_at_module_level(file))
+
+
 def test_config_imports_errors_and_addresses_only_and_they_nothing():
     [config, errors, address, messages] = modules("config", "errors", "address", "messages")
     allowed = ("moe_server.errors.", "moe_server.address.")
@@ -153,7 +161,10 @@ def test_the_engine_s_side_knows_no_grpc_and_no_front_door(file):
 
 
 @pytest.mark.parametrize(
-    "file", modules(*FRONT_DOOR) + sources("moe_server/service", "moe_server/commands"), ids=show
+    "file",
+    modules(*FRONT_DOOR)
+    + sources("moe_server/service", "moe_server/commands", "moe_server/constraints"),
+    ids=show,
 )
 def test_the_front_door_starts_without_heavy_libraries(file):
     assert not outermost(imports_at_module_level(file)) & HEAVY

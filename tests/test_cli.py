@@ -105,10 +105,54 @@ async def test_generate_json(door):
     assert answer["ttft_s"] > 0
 
 
+async def test_generate_several_samples(door):
+    several = ["--samples", "2", "--temperature", "1", "--max-new-tokens", "3"]
+    result = await against(door, "generate", "a", *several)
+    assert result.stdout == "[0] bcd\n[1] bcd\n"
+    assert "1 prompt + 6 new" in result.stderr
+    assert "length, length" in result.stderr
+    result = await against(door, "generate", "a", *several, "--top-logprobs", "2", "--json")
+    answer = json.loads(result.stdout)
+    [other] = answer["further_samples"]
+    assert (answer["text"], other["text"], other["token_ids"]) == ("bcd", "bcd", [1, 2, 3])
+    assert [entry["token_id"] for entry in other["logprobs"]] == [1, 2, 3]
+    assert [top["token_id"] for top in other["logprobs"][0]["top"]] == [1, 2]
+    result = await against(door, "generate", "--token-ids", "0", *several)
+    assert result.stdout == "[0] 1 2 3\n[1] 1 2 3\n"
+
+
+async def test_generate_ends_after_a_stop_token(door):
+    result = await against(
+        door, "generate", "a", "--stop-token", "3", "--stop-token", "9", "--max-new-tokens", "9"
+    )
+    assert result.stdout == "bcd\n"
+    assert "stop_token" in result.stderr
+
+
+async def test_generate_takes_constraints(door, tmp_path):
+    """The fake engine does not keep them; the front door tries them and says what is wrong."""
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "boolean"}')
+    for options in (
+        ["--regex", "[a-e]+"],
+        ["--choice", "ab", "--choice", "b"],
+        ["--json-schema", '{"const": true}'],
+        ["--json-schema", f"@{file}"],
+        ["--grammar", 'start: "a"'],
+    ):
+        result = await against(door, "generate", "a", "--max-new-tokens", "2", *options)
+        assert (result.exit_code, result.stdout) == (0, "bc\n"), (options, result.stderr)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["generate"], "either TEXT or --token-ids"),
+        (["generate", "a", "--regex", "(a"], "unclosed group"),
+        (["generate", "a", "--regex", "a", "--choice", "a"], "At most one of"),
+        (["generate", "a", "--json-schema", "@/no/such/file"], "/no/such/file"),
+        (["generate", "a", "--samples", "3"], "num_samples is 3 and temperature 0"),
+        (["generate", "a", "--frequency-penalty", "3"], "frequency_penalty is 3"),
         (["generate", "a", "--token-ids", "1"], "either TEXT or --token-ids"),
         (["generate", "--token-ids", "1,x"], "1,x"),
         (["generate", "a", "--temperature", "-1"], "temperature is -1"),

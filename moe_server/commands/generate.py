@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,22 @@ from moe_server.commands.format import format_bytes, format_seconds, print_table
 from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
+TOKEN_ID = click.IntRange(0, 2**32 - 1)
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """One completion of the prompt."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[pb.Logprob] = field(default_factory=list)
+    finished: pb.Finished = field(default_factory=pb.Finished)
+
+    @property
+    def finish_reason(self) -> str:
+        return pb.FinishReason.Name(self.finished.reason).removeprefix("FINISH_REASON_").lower()
+
 
 @dataclass(slots=True)
 class Completion:
@@ -24,10 +41,8 @@ class Completion:
     first: float | None = None
     """When the first token arrived."""
     last: float | None = None
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
     started: pb.Started = field(default_factory=pb.Started)
-    finished: pb.Finished = field(default_factory=pb.Finished)
+    samples: list[SampleOutput] = field(default_factory=list)
 
     def take(self, event: pb.GenerateStreamResponse) -> None:
         """Adds one event of the stream."""
@@ -37,10 +52,21 @@ class Completion:
             case "delta":
                 self.last = time.perf_counter()
                 self.first = self.first or self.last
-                self.text += event.delta.text
-                self.token_ids += event.delta.token_ids
+                sample = self._sample(event.delta.index)
+                sample.text += event.delta.text
+                sample.token_ids += event.delta.token_ids
+                sample.logprobs += event.delta.logprobs
             case _:
-                self.finished = event.finished
+                self._sample(event.finished.index).finished = event.finished
+
+    def _sample(self, index: int) -> SampleOutput:
+        while len(self.samples) <= index:
+            self.samples.append(SampleOutput())
+        return self.samples[index]
+
+    @property
+    def num_new_tokens(self) -> int:
+        return sum(sample.finished.usage.completion_tokens for sample in self.samples)
 
     @property
     def ttft_s(self) -> float | None:
@@ -49,10 +75,10 @@ class Completion:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """After the first token."""
+        """After the first token, of all samples."""
         if self.first is None or self.last is None or self.last <= self.first:
             return None
-        return (self.finished.usage.completion_tokens - 1) / (self.last - self.first)
+        return (self.num_new_tokens - 1) / (self.last - self.first)
 
 
 @click.command(
@@ -66,9 +92,19 @@ class Completion:
 @click.option("--top-k", type=click.IntRange(0, 2**32 - 1), help="Keep the k most likely tokens.")
 @click.option("--top-p", type=float, help="Keep the smallest set of this probability.")
 @click.option("--min-p", type=float, help="Drop tokens less likely than this times the best.")
-@click.option("--repetition-penalty", type=float)
+@click.option("--repetition-penalty", type=float, help="Of tokens in prompt and completion.")
+@click.option("--presence-penalty", type=float, help="Of tokens in the completion.")
+@click.option("--frequency-penalty", type=float, help="The same, for each time they occur.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Absent: the server draws one.")
+@click.option("--samples", "num_samples", type=click.IntRange(min=1), help="Completions of TEXT.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("--stop-token", multiple=True, type=TOKEN_ID, help="End after it; repeatable.")
+@click.option("--json-schema", metavar="JSON|@FILE", help="Complete with a document of it.")
+@click.option("--regex", metavar="REGEX", help="Complete with a text that matches.")
+@click.option("--grammar", metavar="LARK|@FILE", help="Complete with a text of this grammar.")
+@click.option("--choice", multiple=True, metavar="TEXT", help="Complete with one; repeatable.")
+@click.option("--logprobs", is_flag=True, help="With --json: of each token.")
+@click.option("--top-logprobs", type=click.IntRange(0, 20), help="With --json: and the best n.")
 @click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-sequence token.")
 @click.option("--timeout", type=POSITIVE_SECONDS, metavar="SECONDS", help="The request's deadline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a stream.")
@@ -78,39 +114,61 @@ def generate(  # click passes keywords
     token_ids: str | None,
     max_new_tokens: int | None,
     stop: tuple[str, ...],
+    stop_token: tuple[int, ...],
+    json_schema: str | None,
+    regex: str | None,
+    grammar: str | None,
+    choice: tuple[str, ...],
+    top_logprobs: int | None,
     timeout: float | None,
     *,
+    logprobs: bool,
     ignore_eos: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
     """Complete TEXT, streaming to stdout; then say on stderr where time and bytes went.
 
-    Without a TEXT that the served checkpoint could tokenise, give --token-ids; token ids are then
-    printed. Ctrl-C cancels the request.
+    Several samples are printed one after the other at the end. Without a TEXT that the served
+    checkpoint could tokenise, give --token-ids; token ids are then printed. Ctrl-C cancels the
+    request.
     """
     if (text is None) == (token_ids is None):
         raise MoeServerError("Give either TEXT or --token-ids.")
     prompt = _parse_ids(token_ids or "") if text is None else _checked(text)
+    is_several = (sampling["num_samples"] or 1) > 1
     completion = Completion()
     with Client(target) as client:
         for event in client.generate_stream(
             prompt,
             sampling=pb.Sampling(**sampling),
             stopping=pb.Stopping(
-                max_new_tokens=max_new_tokens, stop_sequences=stop, ignore_eos=ignore_eos
+                max_new_tokens=max_new_tokens,
+                stop_sequences=stop,
+                stop_token_ids=stop_token,
+                ignore_eos=ignore_eos,
             ),
+            output=pb.Output(logprobs=logprobs, top_logprobs=top_logprobs),
+            json_schema=_text_or_file(json_schema, "--json-schema"),
+            regex=regex,
+            grammar=_text_or_file(grammar, "--grammar"),
+            choices=choice or None,
             timeout_s=timeout,
         ):
             completion.take(event)
-            if not as_json and event.HasField("delta"):
+            if not as_json and not is_several and event.HasField("delta"):
                 ids = " ".join(map(str, event.delta.token_ids))
                 sys.stdout.write(event.delta.text if text is not None else f"{ids} ")
                 sys.stdout.flush()
     if as_json:
         click.echo(json.dumps(_as_json(completion)))
         return
-    click.echo()
+    if is_several:
+        for index, sample in enumerate(completion.samples):
+            shown = sample.text if text is not None else " ".join(map(str, sample.token_ids))
+            click.echo(f"[{index}] {shown}")
+    else:
+        click.echo()
     print_table(_rows(completion))
 
 
@@ -120,6 +178,17 @@ def _checked(text: str) -> str:
     except UnicodeEncodeError:
         raise MoeServerError("TEXT is not valid UTF-8.") from None
     return text
+
+
+def _text_or_file(value: str | None, option: str) -> str | None:
+    """The value itself, or what is in the file that it names after an @."""
+    if value is None or not value.startswith("@"):
+        return value
+    path = Path(value[1:])
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MoeServerError(f"Cannot read {path} for {option}: {error}.") from None
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -137,12 +206,12 @@ def _seconds(duration: Duration) -> float:
 
 
 def _rows(completion: Completion) -> list[tuple[str, str]]:
-    usage, timings = completion.finished.usage, completion.finished.timings
+    finished = completion.samples[0].finished
+    usage, timings = finished.usage, finished.timings
     rate = completion.tokens_per_second
-    reason = pb.FinishReason.Name(completion.finished.reason)
     return [
-        ("finished", reason.removeprefix("FINISH_REASON_").lower()),
-        ("tokens", f"{usage.prompt_tokens} prompt + {usage.completion_tokens} new"),
+        ("finished", ", ".join(sample.finish_reason for sample in completion.samples)),
+        ("tokens", f"{usage.prompt_tokens} prompt + {completion.num_new_tokens} new"),
         ("time to first token", format_seconds(completion.ttft_s)),
         ("tokens/s after it", f"{rate:.2f}" if rate else "-"),
         ("queue", format_seconds(_seconds(timings.queue))),
@@ -159,7 +228,8 @@ def _moved(took: Duration, num_bytes: int) -> str:
 
 
 def _as_json(completion: Completion) -> dict[str, Any]:
-    usage, timings = completion.finished.usage, completion.finished.timings
+    first, *others = completion.samples
+    usage, timings = first.finished.usage, first.finished.timings
     seconds = {
         f"{name}_s": _seconds(getattr(timings, name))
         for name in ("queue", "prefill", "decode", "router", "expert_transfer", "expert_read")
@@ -168,17 +238,35 @@ def _as_json(completion: Completion) -> dict[str, Any]:
         "expert_transfer_bytes": timings.expert_transfer_bytes,
         "expert_read_bytes": timings.expert_read_bytes,
     }
-    reason = pb.FinishReason.Name(completion.finished.reason)
-    return {
+    answer = {
         "request_id": completion.started.request_id,
         "model": completion.started.model,
         "seed": completion.started.seed,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": reason.removeprefix("FINISH_REASON_").lower(),
+        **_sample_as_json(first),
         "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
         "ttft_s": completion.ttft_s,
         "tokens_per_second": completion.tokens_per_second,
         "timings": {**seconds, **byte_counts},
     }
+    if others:
+        answer["further_samples"] = [_sample_as_json(sample) for sample in others]
+    return answer
+
+
+def _sample_as_json(sample: SampleOutput) -> dict[str, Any]:
+    answer = {
+        "text": sample.text,
+        "token_ids": sample.token_ids,
+        "finish_reason": sample.finish_reason,
+        "completion_tokens": sample.finished.usage.completion_tokens,
+    }
+    if sample.logprobs:
+        answer["logprobs"] = [
+            {
+                "token_id": entry.token_id,
+                "logprob": entry.logprob,
+                "top": [{"token_id": top.token_id, "logprob": top.logprob} for top in entry.top],
+            }
+            for entry in sample.logprobs
+        ]
+    return answer

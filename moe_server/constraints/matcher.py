@@ -4,6 +4,7 @@ The engine keeps one beside each constrained request: `sampler` reads what is al
 each token the engine's postprocessing moves it on. Knows tokens, no logits.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,33 +23,45 @@ PROBLEMS = {
     "LexerTooComplex": "it allows too many ways to go on",
 }
 """llguidance's reasons to stop, in words."""
+EMPTY_ONLY = "it allows no text but the empty one"
+MAX_FORKS = 256
+"""Requests that share a compiled constraint; the next ones share another."""
 MAX_PROBLEM_CHARS = 300
 """llguidance's messages quote what they are about."""
 
 
-class Matcher:
-    """A constraint and the tokens it has seen. Made by `compile_constraint` and `fork`."""
+class Compiled:
+    """A constraint as the requests that have it share it. Made by `compile_constraint`.
 
-    __slots__ = ("_constraint", "_matcher", "_never", "_vocab_size", "allowed", "is_complete")
+    They share llguidance's lexer, whose states are computed when they are first needed: what one
+    request has paid for is there for the next. They share its bound on states too, so a constraint
+    that can need ever more of them is not to be used for ever.
+    """
 
-    def __init__(
-        self,
-        constraint: Constraint,
-        matcher: "LLMatcher",
-        vocab_size: int,
-        allowed: npt.NDArray[np.bool_],
-    ) -> None:
-        self._constraint = constraint
+    __slots__ = (
+        "_first_allowed",
+        "_matcher",
+        "_num_forks",
+        "_vocab_size",
+        "constraint",
+        "is_spent",
+    )
+
+    def __init__(self, constraint: Constraint, matcher: "LLMatcher", vocab_size: int) -> None:
+        self.constraint = constraint
         self._matcher = matcher
         self._vocab_size = vocab_size
-        self._never: list[int] = []
-        self.allowed = allowed
-        """(vocab_size,): which tokens may come next; at least one until it is complete."""
-        self.is_complete = False
-        """The text is whole and nothing may follow it."""
+        self._num_forks = 0
+        self.is_spent = False
+        """It had enough requests, or one of them reached a bound: the next needs a new one."""
+        first = Matcher(self, matcher.deep_copy(), vocab_size)
+        first.look()
+        if first.is_complete:
+            raise refusal(constraint, EMPTY_ONLY)
+        self._first_allowed = first.allowed
 
     def fork(self, never: list[int]) -> "Matcher":
-        """One for another request, from the beginning.
+        """A matcher for one request.
 
         Args:
             never: Token ids this request never gets: of end of sequence, where it ignores that.
@@ -56,14 +69,33 @@ class Matcher:
         Raises:
             MoeServerError: Nothing else could begin the text.
         """
-        copy = Matcher(
-            self._constraint, self._matcher.deep_copy(), self._vocab_size, self.allowed.copy()
-        )
-        copy._never = never
-        copy._drop_never()
-        if copy.is_complete:
-            raise refusal(self._constraint, "it allows no text but the empty one")
-        return copy
+        self._num_forks += 1
+        self.is_spent |= self._num_forks >= MAX_FORKS
+        matcher = Matcher(self, self._matcher.deep_copy(), self._vocab_size, never)
+        matcher.allow(self._first_allowed.copy())
+        if matcher.is_complete:
+            raise refusal(self.constraint, EMPTY_ONLY)
+        return matcher
+
+
+class Matcher:
+    """What one request's constraint allows after the tokens so far. Made by `Compiled.fork`."""
+
+    __slots__ = ("_compiled", "_matcher", "_never", "_vocab_size", "allowed", "is_complete")
+
+    allowed: npt.NDArray[np.bool_]
+    """(vocab_size,): which tokens may come next; at least one until it is complete."""
+    is_complete: bool
+    """The text is whole and nothing may follow it."""
+
+    def __init__(
+        self, compiled: Compiled, matcher: "LLMatcher", vocab_size: int, never: Sequence[int] = ()
+    ) -> None:
+        self._compiled = compiled
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._never = list(never)
+        self.is_complete = False
 
     def accept(self, token_id: int, *, look: bool) -> None:
         """Moves on by a token that was allowed.
@@ -73,7 +105,7 @@ class Matcher:
             look: Whether another may follow. If not, only `is_complete` is kept up to date.
 
         Raises:
-            MoeServerError: Saying what may follow would take too much, or nothing can.
+            MoeServerError: Saying what may follow would take too much.
         """
         self._matcher.consume_token(token_id)
         if look or self._matcher.is_stopped():
@@ -83,26 +115,28 @@ class Matcher:
         """Finds what may follow.
 
         Raises:
-            MoeServerError: As `accept`.
+            MoeServerError: As `accept`; or nothing can begin the text.
         """
         if self._matcher.is_stopped() and not self._matcher.is_error():
             self.is_complete = True
             return
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
-            raise refusal(self._constraint, problem_of(self._matcher))
-        self.allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
-        self._drop_never()
+            self._compiled.is_spent = True
+            raise refusal(self._compiled.constraint, problem_of(self._matcher))
+        self.allow(np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_))
 
-    def _drop_never(self) -> None:
-        self.allowed[self._never] = False
+    def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
+        """Allows these tokens, but for those that this request never gets."""
+        allowed[self._never] = False
+        self.allowed = allowed
         # llguidance allows at least one token: where none is left it was the end of the sequence.
-        self.is_complete = not self.allowed.any()
+        self.is_complete = not allowed.any()
 
 
 def compile_constraint(
     constraint: Constraint, tokenizer: "LLTokenizer", vocab_size: int
-) -> Matcher:
+) -> Compiled:
     """Compiles a constraint and says what a text may begin with.
 
     Can take seconds; works off the GIL.
@@ -115,11 +149,7 @@ def compile_constraint(
     matcher = LLMatcher(tokenizer, to_grammar(constraint), log_level=0, limits=limits())
     if matcher.is_error():
         raise refusal(constraint, problem_of(matcher))
-    compiled = Matcher(constraint, matcher, vocab_size, np.zeros(vocab_size, np.bool_))
-    compiled.look()
-    if compiled.is_complete:
-        raise refusal(constraint, "it allows no text but the empty one")
-    return compiled
+    return Compiled(constraint, matcher, vocab_size)
 
 
 def problem_of(matcher: "LLMatcher") -> str:

@@ -11,10 +11,13 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 
+from moe_server.constraints.trials import Trials
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import FinishReason, Timings, TokenEvent
 from moe_server.open_requests import OpenRequest
@@ -44,6 +47,7 @@ FINISH_REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
     FinishReason.STOP_SEQUENCE: pb.FINISH_REASON_STOP_SEQUENCE,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
 }
 
 Write: TypeAlias = Callable[[pb.GenerateStreamResponse], Awaitable[None]]
@@ -60,6 +64,13 @@ class GenerationService:
         self._id_prefix = secrets.token_hex(4)
         # Not a semaphore: the thread of a request that was cancelled works on, and still counts.
         self._tokenising = ThreadPoolExecutor(MAX_TOKENISING, thread_name_prefix="tokenise")
+        vocabulary = model.vocabulary
+        self._trials = None if vocabulary is None else Trials(vocabulary)
+
+    async def close(self) -> None:
+        """Ends the process that tries constraints."""
+        if self._trials is not None:
+            await self._trials.close()
 
     async def GenerateStream(  # noqa: N802  # named by the protocol
         self, request: pb.GenerateStreamRequest, context: Context
@@ -72,7 +83,7 @@ class GenerationService:
     ) -> pb.GenerateResponse:
         """Gathers a completion."""
         response = pb.GenerateResponse()
-        texts: list[str] = []
+        samples: dict[int, pb.Sample] = {}
 
         async def gather(message: pb.GenerateStreamResponse) -> None:
             if message.HasField("started"):
@@ -80,31 +91,50 @@ class GenerationService:
                 response.model = message.started.model
                 response.seed = message.started.seed
             elif message.HasField("delta"):
-                texts.append(message.delta.text)
-                response.token_ids.extend(message.delta.token_ids)
-                response.logprobs.extend(message.delta.logprobs)
+                delta = message.delta
+                sample = samples.setdefault(delta.index, pb.Sample())
+                sample.text += delta.text
+                sample.token_ids.extend(delta.token_ids)
+                sample.logprobs.extend(delta.logprobs)
             else:
-                response.finished.CopyFrom(message.finished)
+                index = message.finished.index
+                samples.setdefault(index, pb.Sample()).finished.CopyFrom(message.finished)
 
         await self._run(request, context, gather)
-        response.text = "".join(texts)
+        first, *others = (samples[index] for index in sorted(samples))
+        response.text = first.text
+        response.token_ids.extend(first.token_ids)
+        response.logprobs.extend(first.logprobs)
+        response.finished.CopyFrom(first.finished)
+        response.further_samples.extend(others)
         return response
 
     async def _run(
         self, request: validation.AnyGenerateRequest, context: Context, write: Write
     ) -> None:
+        is_probe = self._is_probe(context)
+
+        def admit() -> AbstractContextManager[OpenRequest]:
+            return self._supervisor.admit(is_probe=is_probe)
+
         completion = _Completion(
-            self._supervisor, self._model, self._tokenising, write, self._id_prefix
+            self._supervisor,
+            self._model,
+            self._tokenising,
+            self._trials,
+            write,
+            admit,
+            self._id_prefix,
         )
         remaining_s: float | None = context.time_remaining()
         own_limit_s = deadline = None
         if remaining_s is not None:
             own_limit_s = remaining_s - min(MAX_DEADLINE_MARGIN_S, remaining_s / 10)
             deadline = time.monotonic() + remaining_s
-        with self._supervisor.admit(is_probe=self._is_probe(context)) as open_request:
+        with ExitStack() as places:
             try:
                 async with asyncio.timeout(own_limit_s) as timer:
-                    await completion.run(request, open_request, deadline)
+                    await completion.run(request, places, deadline)
             except TimeoutError:
                 if not timer.expired():
                     raise
@@ -121,6 +151,14 @@ class GenerationService:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An admitted sample; once left, the engine forgets it."""
+
+    request: OpenRequest
+    leave: Callable[[], None]
+
+
 class _Completion:
     """One request on its way; `stage` says how far it has come, for people."""
 
@@ -129,54 +167,99 @@ class _Completion:
         supervisor: Supervisor,
         model: ServedModel,
         tokenising: ThreadPoolExecutor,
+        trials: Trials | None,
         write: Write,
+        admit: Callable[[], AbstractContextManager[OpenRequest]],
         id_prefix: str,
     ) -> None:
         self._supervisor = supervisor
         self._model = model
         self._tokenising = tokenising
+        self._trials = trials
         self._write = write
+        self._admit = admit
         self._id_prefix = id_prefix
+        self._writing = asyncio.Lock()
+        self._num_tokens = 0
         self.stage = "its prompt was tokenised"
 
     async def run(
-        self,
-        request: validation.AnyGenerateRequest,
-        open_request: OpenRequest,
-        deadline: float | None,
+        self, request: validation.AnyGenerateRequest, places: ExitStack, deadline: float | None
     ) -> None:
+        """Answers the request; whatever is in `places` when it ends is forgotten by the engine."""
         model = self._model
+        first = self._take_place(places)
         validation.check_model(request.model, model)
         options = validation.check_options(request, model)
         prompt = await self._tokenise(validation.check_prompt(request, model))
-        submit = validation.build_submit(open_request.request_id, prompt, options, model, deadline)
-        detokenizer = model.tokenizer.detokenizer() if model.tokenizer else None
-        stream = TextStream(detokenizer, options.stop_sequences)
-        self._supervisor.submit(open_request, submit)
+        if options.constraint is not None and self._trials is not None:
+            self.stage = "its constraint was compiled"
+            await self._trials.check(options.constraint)
+        samples = [first, *(self._take_place(places) for _ in range(1, options.num_samples))]
+        submits = [
+            validation.build_submit(
+                sample.request.request_id, prompt, options, model, deadline, index
+            )
+            for index, sample in enumerate(samples)
+        ]
+        for sample, submit in zip(samples, submits, strict=True):
+            self._supervisor.submit(sample.request, submit)
         self.stage = "it waited for its first token"
         started = pb.Started(
-            request_id=f"{self._id_prefix}-{open_request.request_id}",
+            request_id=f"{self._id_prefix}-{first.request.request_id}",
             model=model.name,
             prompt_tokens=len(prompt),
             seed=options.sampling.seed,
         )
         await self._write(pb.GenerateStreamResponse(started=started))
-        async for events in open_request:
-            finish = events[-1].finish
+        relays = [
+            self._relay(index, sample, len(prompt), options.stop_sequences)
+            for index, sample in enumerate(samples)
+        ]
+        if len(relays) == 1:
+            await relays[0]
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for relay in relays:
+                    group.create_task(relay)
+        except BaseExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+
+    def _take_place(self, places: ExitStack) -> _Place:
+        """A place that is left with all others at the latest."""
+        stack = places.enter_context(ExitStack())
+        return _Place(stack.enter_context(self._admit()), stack.close)
+
+    async def _relay(
+        self, index: int, place: _Place, prompt_tokens: int, stop_sequences: Sequence[str]
+    ) -> None:
+        """Writes the deltas of one sample, and its end."""
+        detokenizer = self._model.tokenizer.detokenizer() if self._model.tokenizer else None
+        stream = TextStream(detokenizer, stop_sequences)
+        async for events in place.request:
+            finish, before = events[-1].finish, stream.num_tokens
             released = stream.push(events, is_last=finish is not None)
-            self.stage = f"it generated, {stream.num_tokens} tokens so far"
+            self._num_tokens += stream.num_tokens - before
+            self.stage = f"it generated, {self._num_tokens} tokens so far"
             if released:
-                await self._write(pb.GenerateStreamResponse(delta=_delta(released)))
+                delta = _delta(released, index)
+                async with self._writing:
+                    await self._write(pb.GenerateStreamResponse(delta=delta))
             if stream.is_stopped:
                 finish = FinishReason.STOP_SEQUENCE
             if finish is not None:
-                usage = pb.Usage(prompt_tokens=len(prompt), completion_tokens=stream.num_tokens)
+                # Other samples may go on: the engine is not to work for this one meanwhile.
+                place.leave()
+                usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=stream.num_tokens)
                 finished = pb.Finished(
                     reason=FINISH_REASONS[finish],
                     usage=usage,
                     timings=_timings(events[-1].timings),
+                    index=index,
                 )
-                await self._write(pb.GenerateStreamResponse(finished=finished))
+                async with self._writing:
+                    await self._write(pb.GenerateStreamResponse(finished=finished))
                 return
 
     async def _tokenise(self, prompt: str | list[int]) -> list[int]:
@@ -190,8 +273,9 @@ class _Completion:
         return await loop.run_in_executor(self._tokenising, encode, prompt, room)
 
 
-def _delta(released: Released) -> pb.Delta:
+def _delta(released: Released, index: int) -> pb.Delta:
     return pb.Delta(
+        index=index,
         text=released.text,
         token_ids=[event.token_id for event in released.tokens],
         logprobs=_logprobs(released.tokens),

@@ -5,9 +5,12 @@ Gathered once, before the port opens. Knows no gRPC.
 
 from dataclasses import dataclass
 
+import msgspec
+
 from moe_server.budget import MemoryPlan
 from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
+from moe_server.messages import Vocabulary
 from moe_server.tokenizer import Tokenizer
 
 
@@ -55,4 +58,15 @@ class ServedModel:
             default_max_new_tokens=config.scheduler.default_max_new_tokens,
             tokenizer=tokenizer,
             memory=memory,
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """What constraints are made of; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return Vocabulary(
+            tokens=msgspec.msgpack.encode(self.tokenizer.token_bytes),
+            vocab_size=self.vocab_size,
+            eos_token_ids=list(self.eos_token_ids),
         )

@@ -85,8 +85,13 @@ class Server:
             batch=min(config.warmup.batch, config.scheduler.max_running),
             metadata=((generation.PROBE_METADATA_KEY, probe_secret),),
         )
-        self.supervisor = Supervisor(config, self.warm_up.prove, engine_command, patience)
+        vocabulary = model.vocabulary
+        introduction = () if vocabulary is None else (vocabulary,)
+        self.supervisor = Supervisor(
+            config, self.warm_up.prove, engine_command, patience, introduction
+        )
         generation_service = generation.GenerationService(self.supervisor, model, probe_secret)
+        self._generation = generation_service
         add_service(
             main,
             generation.SERVICE.full_name,
@@ -124,6 +129,7 @@ class Server:
         if remaining:
             log.warning("cutting off requests after the grace period", remaining=remaining)
         await self.supervisor.stop()
+        await self._generation.close()
         await asyncio.gather(*(listener.stop(CLOSE_GRACE_S) for listener in self._listeners))
 
     def _listen(

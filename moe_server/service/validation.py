@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from moe_server.errors import MoeServerError, Reason
-from moe_server.messages import Sampling, Submit
+from moe_server.messages import Constraint, ConstraintKind, Sampling, Submit
 from moe_server.proto.moe_server.v1 import generation_pb2
 from moe_server.service.errors import NotFoundError, shorten
 from moe_server.service.served_model import ServedModel
@@ -23,7 +25,13 @@ AnyGenerateRequest: TypeAlias = (
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
 MAX_TOP_LOGPROBS = 20
+MAX_SAMPLES = 16
+MAX_CONSTRAINT_CHARS = 64 * 1024
+MAX_CHOICES = 1000
+MAX_COUNT_PENALTY = 2.0
+"""As OpenAI and vLLM have it."""
 GREEDY_BELOW_TEMPERATURE = 1e-5
 """Dividing logits by less overflows float32; the limit of what it would mean is greedy."""
 MAX_UTF8_BYTES = 4
@@ -39,9 +47,13 @@ class Options:
     sampling: Sampling
     max_new_tokens: int
     stop_sequences: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     logprobs: int
     """As in messages.Submit."""
+    num_samples: int
+    constraint: Constraint | None
+    """Checked for its size only: whether it compiles is found out elsewhere."""
 
 
 def check_model(name: str, model: ServedModel) -> None:
@@ -55,17 +67,21 @@ def check_model(name: str, model: ServedModel) -> None:
 
 
 def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
-    """Checks sampling, stopping and output.
+    """Checks sampling, stopping, output and the constraint.
 
     Raises:
-        MoeServerError: INVALID; UNSUPPORTED for stop sequences without a tokenizer.
+        MoeServerError: INVALID; UNSUPPORTED for stop sequences or a constraint without a tokenizer.
     """
+    sampling = _sampling(request.sampling, model)
     return Options(
-        sampling=_sampling(request.sampling, model),
+        sampling=sampling,
         max_new_tokens=request.stopping.max_new_tokens or model.default_max_new_tokens,
         stop_sequences=_stop_sequences(request.stopping.stop_sequences, model),
+        stop_token_ids=_stop_token_ids(request.stopping.stop_token_ids, model),
         ignore_eos=request.stopping.ignore_eos,
         logprobs=_logprobs(request.output, model),
+        num_samples=_num_samples(request.sampling.num_samples, sampling),
+        constraint=_constraint(request, model),
     )
 
 
@@ -125,8 +141,9 @@ def build_submit(
     options: Options,
     model: ServedModel,
     deadline: float | None,
+    sample_index: int = 0,
 ) -> Submit:
-    """Fits the completion beside the prompt.
+    """Fits a completion beside the prompt.
 
     Raises:
         MoeServerError: INVALID where the prompt leaves no room for a single new token.
@@ -144,8 +161,10 @@ def build_submit(
         token_ids=prompt,
         max_new_tokens=min(options.max_new_tokens, room),
         eos_token_ids=[] if options.ignore_eos else list(model.eos_token_ids),
-        sampling=options.sampling,
+        sampling=msgspec.structs.replace(options.sampling, sample_index=sample_index),
         logprobs=options.logprobs,
+        stop_token_ids=list(options.stop_token_ids),
+        constraint=options.constraint,
         deadline=deadline,
     )
 
@@ -159,6 +178,10 @@ def _sampling(sampling: generation_pb2.Sampling, model: ServedModel) -> Sampling
             message = f"{name} is {value:g}; expected {expected}."
             raise MoeServerError(message, field=f"sampling.{name}")
         return value
+
+    def count_penalty(name: str) -> float:
+        limit = MAX_COUNT_PENALTY
+        return number(name, 0.0, -limit, limit, f"a number from {-limit:g} to {limit:g}")
 
     # The smallest float above 0: the bound itself is excluded.
     above_zero = math.ulp(0.0)
@@ -177,7 +200,67 @@ def _sampling(sampling: generation_pb2.Sampling, model: ServedModel) -> Sampling
             MAX_REPETITION_PENALTY,
             f"a number above 0, from {1 / MAX_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}",
         ),
+        presence_penalty=count_penalty("presence_penalty"),
+        frequency_penalty=count_penalty("frequency_penalty"),
     )
+
+
+def _num_samples(requested: int, sampling: Sampling) -> int:
+    field = "sampling.num_samples"
+    if requested > MAX_SAMPLES:
+        raise MoeServerError(
+            f"num_samples is {requested}; expected 1 to {MAX_SAMPLES}.", field=field
+        )
+    if requested > 1 and sampling.temperature == 0:
+        raise MoeServerError(
+            f"num_samples is {requested} and temperature 0: all samples would be the same.",
+            "Set a temperature, or ask for one.",
+            field=field,
+        )
+    return max(1, requested)
+
+
+def _stop_token_ids(token_ids: Sequence[int], model: ServedModel) -> tuple[int, ...]:
+    field = "stopping.stop_token_ids"
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise MoeServerError(
+            f"There are {len(token_ids)} stop token ids; at most {MAX_STOP_TOKEN_IDS}.", field=field
+        )
+    for index, token_id in enumerate(token_ids):
+        if token_id >= model.vocab_size:
+            raise MoeServerError(
+                f"Token id {token_id} is outside the vocabulary of {model.vocab_size}.",
+                field=f"{field}[{index}]",
+            )
+    return tuple(token_ids)
+
+
+def _constraint(request: AnyGenerateRequest, model: ServedModel) -> Constraint | None:
+    field = request.WhichOneof("constraint")
+    if field is None:
+        return None
+    if model.tokenizer is None:
+        raise MoeServerError(
+            f"Model {model.name!r} has no tokenizer, so a constraint has no text to hold for.",
+            "Leave the constraint away.",
+            reason=Reason.UNSUPPORTED,
+            field=field,
+        )
+    texts = request.choices.values if field == "choices" else [getattr(request, field)]
+    if not texts or len(texts) > MAX_CHOICES:
+        raise MoeServerError(
+            f"There are {len(texts)} choices; expected 1 to {MAX_CHOICES}.", field="choices.values"
+        )
+    for index, text in enumerate(texts):
+        if not text:
+            name = field if field != "choices" else f"choices.values[{index}]"
+            raise MoeServerError(f"{name} is empty.", field=name)
+    num_chars = sum(map(len, texts))
+    if num_chars > MAX_CONSTRAINT_CHARS:
+        raise MoeServerError(
+            f"{field} has {num_chars} characters; at most {MAX_CONSTRAINT_CHARS}.", field=field
+        )
+    return Constraint(ConstraintKind(field), tuple(texts))
 
 
 def _stop_sequences(stops: Sequence[str], model: ServedModel) -> tuple[str, ...]:

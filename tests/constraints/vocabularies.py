@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from moe_server.config import Config
-from moe_server.constraints.matcher import Matcher, compile_constraint
+from moe_server.constraints.matcher import Compiled, Matcher, compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
 from moe_server.messages import Constraint, ConstraintKind, Vocabulary
 from moe_server.tokenizer import Tokenizer, load_tokenizer
@@ -40,7 +40,7 @@ def constraint(kind: str, *texts: str) -> Constraint:
     return Constraint(ConstraintKind(kind), texts)
 
 
-def compiled(what: Constraint, vocabulary: Vocabulary) -> Matcher:
+def compiled(what: Constraint, vocabulary: Vocabulary) -> Compiled:
     return compile_constraint(what, build_tokenizer(vocabulary), vocabulary.vocab_size)
 
 

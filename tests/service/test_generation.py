@@ -159,6 +159,86 @@ async def test_a_partial_stop_sequence_at_the_end_is_text_after_all(door):
     assert finished.reason == pb.FINISH_REASON_LENGTH
 
 
+async def test_a_stop_token_ends_and_is_returned(door):
+    call = door.generation.GenerateStream(make("a", max_new_tokens=9, stop_token_ids=[50, 4]))
+    _, text, token_ids, finished = await collect(call)
+    assert (text, token_ids) == ("bcde", [1, 2, 3, 4])
+    assert finished.reason == pb.FINISH_REASON_STOP_TOKEN
+
+
+SEVERAL = {"temperature": 1.0, "num_samples": 3}
+
+
+async def test_samples_share_a_stream_by_index(door):
+    call = door.generation.GenerateStream(make("ab", max_new_tokens=4, seed=5, **SEVERAL))
+    events = [event async for event in call]
+    assert [event.WhichOneof("event") for event in events].count("started") == 1
+    assert events[0].started.seed == 5
+    for index in range(3):
+        own = [event for event in events if event.delta.index == index or event.finished.index]
+        deltas = [event.delta for event in own if event.HasField("delta")]
+        assert "".join(delta.text for delta in deltas if delta.index == index) == "cdef"
+    finishes = [event.finished for event in events if event.HasField("finished")]
+    assert sorted(finished.index for finished in finishes) == [0, 1, 2]
+    assert all(finished.usage.completion_tokens == 4 for finished in finishes)
+    assert events[-1].HasField("finished")
+
+
+async def test_samples_are_gathered_in_order(door):
+    response = await door.generation.Generate(
+        make("a", pb.GenerateRequest, max_new_tokens=3, top_logprobs=1, **SEVERAL)
+    )
+    assert (response.text, list(response.token_ids)) == ("bcd", [1, 2, 3])
+    assert response.finished.index == 0
+    assert [sample.finished.index for sample in response.further_samples] == [1, 2]
+    for sample in response.further_samples:
+        assert (sample.text, list(sample.token_ids)) == ("bcd", [1, 2, 3])
+        assert [entry.token_id for entry in sample.logprobs] == [1, 2, 3]
+        assert sample.finished.reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_each_sample_takes_a_place_and_all_or_none_run():
+    config = make_config(scheduler=small_queue(2))
+    async with front_door(config=config) as door:
+        failed = await failure(door.generation.GenerateStream(make("a", **SEVERAL)))
+        assert failed.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert door.server.supervisor.num_open_requests == 0
+        two = make("a", max_new_tokens=2, temperature=1.0, num_samples=2)
+        assert len([event async for event in door.generation.GenerateStream(two)]) > 4
+
+
+async def test_samples_that_stop_at_a_text_leave_the_engine(slow_door):
+    cancels = slow_door.num_cancels
+    events = [
+        event
+        async for event in slow_door.generation.GenerateStream(
+            make("a", max_new_tokens=5000, ignore_eos=True, stop_sequences=["def"], **SEVERAL)
+        )
+    ]
+    finishes = [event.finished.reason for event in events if event.HasField("finished")]
+    assert finishes == [pb.FINISH_REASON_STOP_SEQUENCE] * 3
+    await eventually(lambda: slow_door.num_cancels == cancels + 3)
+
+
+async def test_cancelling_a_request_cancels_all_its_samples(slow_door):
+    cancels = slow_door.num_cancels
+    call = slow_door.generation.GenerateStream(
+        make([1], max_new_tokens=5000, ignore_eos=True, **SEVERAL)
+    )
+    async for event in call:
+        if event.HasField("delta"):
+            break
+    call.cancel()
+    await eventually(lambda: slow_door.num_cancels == cancels + 3)
+    assert slow_door.server.supervisor.num_open_requests == 0
+
+
+async def test_an_engine_refusal_of_samples_keeps_its_reason(door):
+    failed = await failure(door.generation.GenerateStream(make([REFUSED_TOKEN], **SEVERAL)))
+    assert failed.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "No blocks." in failed.message
+
+
 async def test_cancelling_reaches_the_engine(slow_door):
     cancels = slow_door.num_cancels
     call = slow_door.generation.GenerateStream(make([1], max_new_tokens=5000, ignore_eos=True))

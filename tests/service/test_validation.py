@@ -47,7 +47,25 @@ NAN, INF = math.nan, math.inf
         ([1], {"repetition_penalty": -1.0}, "sampling.repetition_penalty"),
         ([1], {"repetition_penalty": INF}, "sampling.repetition_penalty"),
         ([1], {"repetition_penalty": NAN}, "sampling.repetition_penalty"),
+        ([1], {"presence_penalty": 2.1}, "sampling.presence_penalty"),
+        ([1], {"presence_penalty": NAN}, "sampling.presence_penalty"),
+        ([1], {"frequency_penalty": -2.1}, "sampling.frequency_penalty"),
+        ([1], {"num_samples": 17, "temperature": 1.0}, "sampling.num_samples"),
+        ([1], {"num_samples": 2}, "sampling.num_samples"),
+        ([1], {"num_samples": 2, "temperature": 1e-9}, "sampling.num_samples"),
         ([1], {"top_logprobs": 21}, "output.top_logprobs"),
+        ([1], {"stop_token_ids": [1, VOCAB]}, "stopping.stop_token_ids[1]"),
+        ([1], {"stop_token_ids": [1] * 65}, "stopping.stop_token_ids"),
+        ([1], {"choices": []}, "choices.values"),
+        ([1], {"choices": ["a"] * 1001}, "choices.values"),
+        ([1], {"choices": ["a", ""]}, "choices.values[1]"),
+        ([1], {"choices": ["a" * 40_000, "b" * 40_000]}, "choices"),
+        ([1], {"regex": ""}, "regex"),
+        ([1], {"regex": "a" * 65_537}, "regex"),
+        ([1], {"regex": "(a"}, "regex"),
+        ([1], {"json_schema": "{"}, "json_schema"),
+        ([1], {"grammar": "start: b"}, "grammar"),
+        ([1], {"choices": ["A"]}, "choices"),
         ([1], {"stop_sequences": ["a", ""]}, "stopping.stop_sequences[1]"),
         ([1], {"stop_sequences": ["a" * 257]}, "stopping.stop_sequences[0]"),
         ([1], {"stop_sequences": ["a"] * 17}, "stopping.stop_sequences"),
@@ -101,6 +119,10 @@ async def test_without_a_tokenizer_text_is_a_failed_precondition(textless_door):
     failed = await failure(textless_door.generation.GenerateStream(stops))
     assert failed.code == grpc.StatusCode.FAILED_PRECONDITION
     assert failed.details[0].violations[0].subject == "stopping.stop_sequences"
+    for constraint in ({"regex": "a"}, {"json_schema": "{}"}, {"choices": ["a"]}):
+        failed = await failure(textless_door.generation.GenerateStream(make([1], **constraint)))
+        assert failed.code == grpc.StatusCode.FAILED_PRECONDITION
+        assert failed.details[0].violations[0].subject == next(iter(constraint))
     response = await textless_door.generation.Generate(
         make([1], pb.GenerateRequest, max_new_tokens=3)
     )
@@ -116,6 +138,9 @@ async def test_limits_themselves_are_accepted(door):
         top_k=2**32 - 1,
         seed=2**64 - 1,
         repetition_penalty=1e6,
+        presence_penalty=2.0,
+        frequency_penalty=-2.0,
+        stop_token_ids=[VOCAB - 1] * 64,
         top_logprobs=20,
         stop_sequences=["x" * 256] * 16,
         max_new_tokens=2**32 - 1,

@@ -1,0 +1,120 @@
+"""Constraints that would hang, fill or end a process, tried for real; and those beside them."""
+
+import asyncio
+import json
+
+import pytest
+
+from moe_server.constraints import trials as trials_module
+from moe_server.constraints.trials import Trials
+from moe_server.errors import MoeServerError, Reason
+from tests.constraints.vocabularies import constraint, demo_vocabulary
+
+GOOD = constraint("regex", "[0-9]+")
+LARGE = constraint("json_schema", json.dumps({"type": "integer", "multipleOf": 1_000_003}))
+"""A regular expression over decimal digits with a million states."""
+SLOW = constraint("grammar", "start: " + " | ".join(f'"w{n}"' for n in range(60_000)))
+"""Each alternative is compared with those before it."""
+
+
+def chain(length: int) -> str:
+    """A grammar of terminals, each in the one before."""
+    links = "\n".join(f'T{n}: T{n + 1} "x"' for n in range(length))
+    return f'start: T0\n{links}\nT{length}: "y"'
+
+
+DEEP = constraint("grammar", chain(4000))
+"""Overflows the stack of whoever compiles it."""
+
+
+@pytest.fixture
+async def trials():
+    trials = Trials(demo_vocabulary())
+    yield trials
+    await trials.close()
+
+
+async def refusal(trials: Trials, what) -> MoeServerError:
+    with pytest.raises(MoeServerError) as caught:
+        await trials.check(what)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        (SLOW, "2 s of processor time"),
+        (LARGE, "more than 128 MiB"),
+        (DEEP, "nests too deeply"),
+    ],
+    ids=["slow", "large", "deep"],
+)
+async def test_a_constraint_that_ends_its_process_ends_nothing_else(trials, what, problem):
+    await trials.check(GOOD)
+    first = trials._process.pid
+    error = await refusal(trials, what)
+    assert problem in error.message
+    assert (error.reason, error.field) == (Reason.INVALID, what.kind.value)
+    await trials.check(constraint("regex", "another"))
+    second = trials._process.pid
+    assert second != first
+    # It is not tried again.
+    assert (await refusal(trials, what)).message == error.message
+    assert trials._process.pid == second
+
+
+async def test_a_bad_constraint_costs_no_process(trials):
+    await trials.check(GOOD)
+    first = trials._process.pid
+    error = await refusal(trials, constraint("regex", "(a"))
+    assert "unclosed group" in error.message
+    assert error.field == "regex"
+    assert trials._process.pid == first
+
+
+async def test_requests_with_the_same_constraint_share_its_trial(trials, monkeypatch):
+    asked = []
+    exchange = trials._exchange
+
+    async def counting(frame):
+        asked.append(frame)
+        return await exchange(frame)
+
+    monkeypatch.setattr(trials, "_exchange", counting)
+    await asyncio.gather(*(trials.check(GOOD) for _ in range(20)))
+    await trials.check(GOOD)
+    assert len(asked) == 2  # the vocabulary, and the constraint once
+
+
+async def test_who_gives_up_leaves_the_verdict_to_the_others(trials):
+    impatient = asyncio.create_task(trials.check(GOOD))
+    patient = asyncio.create_task(trials.check(GOOD))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    await patient
+    assert impatient.cancelled()
+    assert not trials._pending
+
+
+async def test_only_so_many_wait(trials, monkeypatch):
+    monkeypatch.setattr(trials_module, "MAX_PENDING", 2)
+    checks = [
+        asyncio.create_task(trials.check(constraint("regex", f"a{number}"))) for number in range(3)
+    ]
+    outcomes = await asyncio.gather(*checks, return_exceptions=True)
+    assert outcomes[:2] == [None, None]
+    assert outcomes[2].reason is Reason.EXHAUSTED
+
+
+async def test_verdicts_are_forgotten_oldest_first(trials, monkeypatch):
+    monkeypatch.setattr(trials_module, "MAX_VERDICTS", 2)
+    for text in ("a", "b", "a", "c"):
+        await trials.check(constraint("regex", text))
+    assert [known.texts for known in trials._verdicts] == [("a",), ("c",)]
+
+
+async def test_a_machine_that_is_too_busy_is_not_the_constraint_s_fault(trials, monkeypatch):
+    monkeypatch.setattr(trials_module, "PATIENCE_S", 0.0)
+    assert (await refusal(trials, GOOD)).reason is Reason.EXHAUSTED
+    monkeypatch.undo()
+    await trials.check(GOOD)
