@@ -1,16 +1,13 @@
-"""From a constraint to what llguidance compiles, and how much it may cost.
+"""From a constraint to what llguidance compiles, and the refusal of one that cannot be.
 
 Called on both sides: by the trial and by the engine's compiler, which must agree.
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_server.errors import MoeServerError
 from moe_server.messages import Constraint, ConstraintKind
-
-if TYPE_CHECKING:
-    from llguidance import LLParserLimits
 
 WHITESPACE = r" |\r?\n[ \t]{0,20}"
 """Between the tokens of a JSON document. A model that likes blanks would never end without it."""
@@ -43,13 +40,6 @@ def to_grammar(constraint: Constraint) -> str:
     return json.dumps({"grammars": [{"lark_grammar": lark + _OPTIONS}]})
 
 
-def limits() -> "LLParserLimits":
-    """What one constraint may use; the library's own bounds allow 500 MB a request."""
-    from llguidance import LLParserLimits  # noqa: PLC0415 - only where constraints are used
-
-    return LLParserLimits(max_lexer_states=20_000, verbose_errors=False)
-
-
 def refusal(constraint: Constraint, problem: str) -> MoeServerError:
     """What the caller of a constraint that cannot be used is told."""
     field = constraint.kind.value
@@ -64,5 +54,7 @@ def _parse_schema(text: str) -> Any:
         problem = "nested too deeply" if isinstance(error, RecursionError) else f"no JSON: {error}"
         raise refusal(Constraint(ConstraintKind.JSON_SCHEMA, (text,)), problem) from None
     if isinstance(schema, dict):
-        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
+        options = schema.setdefault("x-guidance", {})
+        if isinstance(options, dict) and not any(key.startswith("whitespace") for key in options):
+            options["whitespace_pattern"] = WHITESPACE
     return schema

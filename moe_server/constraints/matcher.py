@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moe_server.constraints.grammar import limits, refusal, to_grammar
+from moe_server.constraints.bounds import limits
+from moe_server.constraints.grammar import refusal, to_grammar
 from moe_server.messages import Constraint
 
 if TYPE_CHECKING:

@@ -8,41 +8,20 @@ each on stdout with an error message, empty where there is none.
 import re
 import resource
 import signal
-import struct
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
+from moe_server.constraints.bounds import COMPILE_S, MEMORY_BYTES, STACK_BYTES
+from moe_server.constraints.frames import HEADER_BYTES, length_of, pack
 from moe_server.constraints.matcher import compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
 from moe_server.errors import MoeServerError
 from moe_server.messages import Constraint, Vocabulary
-
-COMPILE_S = 2.0
-"""Of processor time; other processes that are busy do not count."""
-MEMORY_BYTES = 128 * 2**20
-"""A constraint and what compiling it needs on the way."""
-STACK_BYTES = 2**20
-"""An eighth of what the engine's threads have: what fits here cannot overflow there."""
-
-_HEADER = struct.Struct("<I")
-
-
-def pack(frame: bytes) -> bytes:
-    """A frame with its length before it, as both sides write them."""
-    return _HEADER.pack(len(frame)) + frame
-
-
-def header_length(header: bytes) -> int:
-    """The length of the frame behind this header of `HEADER_BYTES`."""
-    (length,) = _HEADER.unpack(header)
-    return int(length)
-
-
-HEADER_BYTES = _HEADER.size
 
 
 def main() -> None:
@@ -56,8 +35,6 @@ def main() -> None:
         return
     _answer("")
     threading.stack_size(STACK_BYTES)
-    limit_bytes = _data_bytes() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, limit_bytes))
     decoder = msgspec.msgpack.Decoder(Constraint)
 
     def try_one(constraint: Constraint) -> str:
@@ -69,9 +46,12 @@ def main() -> None:
 
     while frame := _read():
         constraint = decoder.decode(frame)
+        # From what there is now: what the allocator keeps of earlier ones is not this one's.
+        limit_bytes = _data_bytes() + MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, resource.RLIM_INFINITY))
         # Its signal's default action is the end of the process, whatever code is running.
         signal.setitimer(signal.ITIMER_PROF, COMPILE_S)
-        message = _on_small_stack(lambda constraint=constraint: try_one(constraint))  # type: ignore[misc]
+        message = _on_small_stack(partial(try_one, constraint))
         signal.setitimer(signal.ITIMER_PROF, 0)
         _answer(message)
 
@@ -86,7 +66,7 @@ def _on_small_stack(work: Callable[[], str]) -> str:
 
 def _read() -> bytes:
     header = sys.stdin.buffer.read(HEADER_BYTES)
-    return sys.stdin.buffer.read(header_length(header)) if header else b""
+    return sys.stdin.buffer.read(length_of(header)) if header else b""
 
 
 def _answer(message: str) -> None:

@@ -12,14 +12,9 @@ from collections import OrderedDict
 
 import msgspec
 
+from moe_server.constraints.bounds import COMPILE_S, MEMORY_BYTES
+from moe_server.constraints.frames import HEADER_BYTES, length_of, pack
 from moe_server.constraints.grammar import refusal
-from moe_server.constraints.trial import (
-    COMPILE_S,
-    HEADER_BYTES,
-    MEMORY_BYTES,
-    header_length,
-    pack,
-)
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Constraint, Vocabulary
 
@@ -81,8 +76,14 @@ class Trials:
                 )
             task = asyncio.create_task(self._try(constraint), name="constraint trial")
             self._pending[constraint] = task
-            task.add_done_callback(lambda _: self._pending.pop(constraint))
+            task.add_done_callback(lambda _: self._forget(constraint))
         return task
+
+    def _forget(self, constraint: Constraint) -> None:
+        task = self._pending.pop(constraint)
+        if not task.cancelled():
+            # Looked at, for nobody may be waiting for it any more.
+            task.exception()
 
     async def _try(self, constraint: Constraint) -> str:
         async with self._turn:
@@ -137,7 +138,7 @@ class Trials:
         assert stdout is not None
         stdin.write(pack(frame))
         await stdin.drain()
-        length = header_length(await stdout.readexactly(HEADER_BYTES))
+        length = length_of(await stdout.readexactly(HEADER_BYTES))
         return (await stdout.readexactly(length)).decode()
 
     async def _end(self) -> int:

@@ -190,6 +190,14 @@ def test_blanks_in_a_document_end():
     assert len(text) < 120
 
 
+def test_a_schema_says_what_blanks_it_wants():
+    vocabulary, tokens = demo_vocabulary(), demo_tokenizer().token_bytes
+    schema = {"const": [1, 2], "x-guidance": {"whitespace_flexible": False}}
+    compact = compiled(constraint("json_schema", json.dumps(schema)), vocabulary)
+    for seed in range(20):
+        assert walk(compact.fork([]), tokens, DEMO_EOS, random.Random(seed)) == b"[1,2]"
+
+
 # Refusals
 
 
@@ -197,6 +205,7 @@ BAD = {
     "no JSON": ("json_schema", '{"type":', "no JSON"),
     "deep JSON": ("json_schema", "[" * 30_000, "nested too deeply"),
     "no schema": ("json_schema", "[1]", "object or boolean"),
+    "no options": ("json_schema", '{"x-guidance": "none"}', "invalid type"),
     "unsatisfiable": ("json_schema", "false", "Unsatisfiable"),
     "unknown keyword": ("json_schema", '{"if": {}, "then": {"type": "null"}}', '"if"'),
     "no end": ("json_schema", '{"$ref": "#"}', "no text of this model's tokens"),

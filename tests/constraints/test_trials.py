@@ -8,7 +8,7 @@ import pytest
 from moe_server.constraints import trials as trials_module
 from moe_server.constraints.trials import Trials
 from moe_server.errors import MoeServerError, Reason
-from tests.constraints.vocabularies import constraint, demo_vocabulary
+from tests.constraints.vocabularies import constraint, demo_vocabulary, vocabulary_of
 
 GOOD = constraint("regex", "[0-9]+")
 LARGE = constraint("json_schema", json.dumps({"type": "integer", "multipleOf": 1_000_003}))
@@ -61,6 +61,21 @@ async def test_a_constraint_that_ends_its_process_ends_nothing_else(trials, what
     # It is not tried again.
     assert (await refusal(trials, what)).message == error.message
     assert trials._process.pid == second
+
+
+async def test_a_vocabulary_that_cannot_be_used_is_the_model_s_fault():
+    trials = Trials(vocabulary_of([b"a", b"b"], [7]))
+    error = await refusal(trials, GOOD)
+    assert error.reason is Reason.UNSUPPORTED
+    assert "7 is out of range" in error.message
+    await trials.close()
+
+
+async def test_what_one_needed_is_not_counted_against_the_next(trials):
+    """Each of these takes tens of MiB."""
+    for number in range(4):
+        many = json.dumps({"type": "integer", "multipleOf": 100_003 + number})
+        await trials.check(constraint("json_schema", many))
 
 
 async def test_a_bad_constraint_costs_no_process(trials):
