@@ -4,6 +4,7 @@ Plain facts as msgspec structs, encoded as MessagePack. Neither gRPC nor torch a
 are `time.monotonic()` seconds, which Linux shares between processes.
 """
 
+import hashlib
 from enum import Enum
 from typing import TypeAlias
 
@@ -55,6 +56,11 @@ class Constraint(msgspec.Struct, frozen=True):
     kind: ConstraintKind
     texts: tuple[str, ...]
     """The choices; of the other kinds the one text."""
+
+    @property
+    def digest(self) -> bytes:
+        """What it is remembered by: the texts can be long, and many are remembered."""
+        return hashlib.blake2b(msgspec.msgpack.encode(self), digest_size=16).digest()
 
 
 class Vocabulary(msgspec.Struct, frozen=True, tag=True):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moe_server.constraints.matcher import Compiled, Matcher, compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
 from moe_server.errors import MoeServerError, Reason
-from moe_server.messages import Constraint, Submit, Vocabulary
+from moe_server.messages import Submit, Vocabulary
 from moe_server.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Compiler:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="constraints")
         self._vocabulary: Vocabulary | None = None
         self._tokenizer: LLTokenizer | None = None
-        self._compiled: OrderedDict[Constraint, Compiled] = OrderedDict()
+        self._compiled: OrderedDict[bytes, Compiled] = OrderedDict()
         self._futures: dict[int, tuple[Sequence, Future[Matcher]]] = {}
 
     @property
@@ -86,14 +86,15 @@ class Compiler:
                 "Leave the constraint away.",
                 reason=Reason.UNSUPPORTED,
             )
-        compiled = self._compiled.get(constraint)
+        digest = constraint.digest
+        compiled = self._compiled.get(digest)
         if compiled is None or compiled.is_spent:
             if self._tokenizer is None:
                 self._tokenizer = build_tokenizer(vocabulary)
             compiled = compile_constraint(constraint, self._tokenizer, vocabulary.vocab_size)
-            self._compiled[constraint] = compiled
+            self._compiled[digest] = compiled
             while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(constraint)
+        self._compiled.move_to_end(digest)
         # A request that ends at no end-of-sequence token never gets one.
         return compiled.fork([] if request.eos_token_ids else vocabulary.eos_token_ids)

@@ -39,8 +39,8 @@ class Trials:
         self._vocabulary = vocabulary
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._pending: dict[Constraint, asyncio.Task[str]] = {}
-        self._verdicts: OrderedDict[Constraint, str] = OrderedDict()
+        self._pending: dict[bytes, asyncio.Task[str]] = {}
+        self._verdicts: OrderedDict[bytes, str] = OrderedDict()
 
     async def check(self, constraint: Constraint) -> None:
         """Returns if the engine can use it.
@@ -49,12 +49,13 @@ class Trials:
             MoeServerError: INVALID, says why; EXHAUSTED where too many wait; UNSUPPORTED where the
                 model's tokenizer is at fault.
         """
-        message = self._verdicts.get(constraint)
+        digest = constraint.digest
+        message = self._verdicts.get(digest)
         if message is None:
             # Not the caller's own: who gives up does not take the verdict from those beside.
-            message = await asyncio.shield(self._trial(constraint))
+            message = await asyncio.shield(self._trial(constraint, digest))
         else:
-            self._verdicts.move_to_end(constraint)
+            self._verdicts.move_to_end(digest)
         if message:
             raise MoeServerError(message, field=constraint.kind.value)
 
@@ -65,8 +66,8 @@ class Trials:
         await asyncio.gather(*self._pending.values(), return_exceptions=True)
         await self._end()
 
-    def _trial(self, constraint: Constraint) -> asyncio.Task[str]:
-        task = self._pending.get(constraint)
+    def _trial(self, constraint: Constraint, digest: bytes) -> asyncio.Task[str]:
+        task = self._pending.get(digest)
         if task is None:
             if len(self._pending) >= MAX_PENDING:
                 raise MoeServerError(
@@ -74,18 +75,18 @@ class Trials:
                     "Try again later.",
                     reason=Reason.EXHAUSTED,
                 )
-            task = asyncio.create_task(self._try(constraint), name="constraint trial")
-            self._pending[constraint] = task
-            task.add_done_callback(lambda _: self._forget(constraint))
+            task = asyncio.create_task(self._try(constraint, digest), name="constraint trial")
+            self._pending[digest] = task
+            task.add_done_callback(lambda task: self._forget(digest, task))
         return task
 
-    def _forget(self, constraint: Constraint) -> None:
-        task = self._pending.pop(constraint)
+    def _forget(self, digest: bytes, task: asyncio.Task[str]) -> None:
+        del self._pending[digest]
         if not task.cancelled():
             # Looked at, for nobody may be waiting for it any more.
             task.exception()
 
-    async def _try(self, constraint: Constraint) -> str:
+    async def _try(self, constraint: Constraint, digest: bytes) -> str:
         async with self._turn:
             try:
                 async with asyncio.timeout(PATIENCE_S):
@@ -101,7 +102,7 @@ class Trials:
             except (asyncio.IncompleteReadError, ConnectionError):
                 problem = _TOO_SLOW if await self._end() == -signal.SIGPROF else _TOO_LARGE
                 message = refusal(constraint, problem).message
-        self._verdicts[constraint] = message
+        self._verdicts[digest] = message
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
         return message

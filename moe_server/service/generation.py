@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
@@ -83,7 +84,8 @@ class GenerationService:
     ) -> pb.GenerateResponse:
         """Gathers a completion."""
         response = pb.GenerateResponse()
-        samples: dict[int, pb.Sample] = {}
+        samples: defaultdict[int, pb.Sample] = defaultdict(pb.Sample)
+        texts: defaultdict[int, list[str]] = defaultdict(list)
 
         async def gather(message: pb.GenerateStreamResponse) -> None:
             if message.HasField("started"):
@@ -92,15 +94,16 @@ class GenerationService:
                 response.seed = message.started.seed
             elif message.HasField("delta"):
                 delta = message.delta
-                sample = samples.setdefault(delta.index, pb.Sample())
-                sample.text += delta.text
+                sample = samples[delta.index]
+                texts[delta.index].append(delta.text)
                 sample.token_ids.extend(delta.token_ids)
                 sample.logprobs.extend(delta.logprobs)
             else:
-                index = message.finished.index
-                samples.setdefault(index, pb.Sample()).finished.CopyFrom(message.finished)
+                samples[message.finished.index].finished.CopyFrom(message.finished)
 
         await self._run(request, context, gather)
+        for index, sample in samples.items():
+            sample.text = "".join(texts[index])
         first, *others = (samples[index] for index in sorted(samples))
         response.text = first.text
         response.token_ids.extend(first.token_ids)

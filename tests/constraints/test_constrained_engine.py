@@ -207,7 +207,7 @@ def test_a_compiled_constraint_serves_a_bounded_number_of_requests(engine, monke
     made = []
     for _ in range(5):
         run(engine, [submit(0, constraint("choices", "dd"))])
-        made.append(engine.compiler._compiled[constraint("choices", "dd")])
+        made.append(engine.compiler._compiled[constraint("choices", "dd").digest])
     assert [made[0] is one for one in made] == [True, True, False, False, False]
     assert made[2] is made[3]
     assert made[3] is not made[4]
@@ -217,5 +217,5 @@ def test_compiled_constraints_are_kept_up_to_a_bound(engine, monkeypatch):
     monkeypatch.setattr("moe_server.constraints.compiler.MAX_COMPILED", 2)
     for text in ("aa", "bb", "aa", "cc"):
         run(engine, [submit(0, constraint("choices", text))])
-    kept = [what.texts for what in engine.compiler._compiled]
-    assert kept == [("aa",), ("cc",)]
+    expected = [constraint("choices", text).digest for text in ("aa", "cc")]
+    assert list(engine.compiler._compiled) == expected
