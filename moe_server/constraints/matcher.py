@@ -158,5 +158,7 @@ def problem_of(matcher: "LLMatcher") -> str:
     first, *others = matcher.get_error().strip().splitlines()
     if first in PROBLEMS:
         return PROBLEMS[first]
+    if first.startswith("panic"):
+        return "llguidance fails on it (special tokens have no names here, only ids such as <[2]>)"
     explanation = [line.removeprefix("error: ") for line in others if line.startswith("error: ")]
     return " ".join([first[:MAX_PROBLEM_CHARS], *explanation])

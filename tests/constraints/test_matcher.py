@@ -215,6 +215,7 @@ BAD = {
     "nothing matches": ("regex", r"[^\s\S]", "no text of this model's tokens"),
     "no start": ("grammar", 'begin: "a"', "no start rule"),
     "unknown rule": ("grammar", 'start: "a" b', "unknown name"),
+    "special token by name": ("grammar", 'start: "a" <s>', "only ids such as <[2]>"),
     "not in the vocabulary": ("choices", "ω", "no text of this model's tokens"),
 }
 
