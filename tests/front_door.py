@@ -132,7 +132,7 @@ def request(
     model: str = "",
     **options,
 ):
-    """`options` are fields of sampling, stopping, output and the constraint, told apart by name."""
+    """`options` are fields of the request, of sampling, stopping and output, told apart by name."""
     made = kind(model=model)
     if isinstance(prompt, str):
         made.text = prompt
@@ -143,9 +143,7 @@ def request(
         made.choices.SetInParent()
         made.choices.values.extend(choices)
     for name, value in options.items():
-        if name in ("json_schema", "regex", "grammar"):
-            setattr(made, name, value)
-        for section in (made.sampling, made.stopping, made.output):
+        for section in (made, made.sampling, made.stopping, made.output):
             if name in section.DESCRIPTOR.fields_by_name:
                 if isinstance(value, list):
                     getattr(section, name).extend(value)
