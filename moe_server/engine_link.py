@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -29,6 +30,23 @@ NUM_RANDOM_CHARS = 8
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended, as subprocess has it: negative is a signal."""
+
+    code: int
+
+    @property
+    def by_signal(self) -> bool:
+        return self.code < 0
+
+    def __str__(self) -> str:
+        if not self.by_signal:
+            return f"exit code {self.code}"
+        hint = " (out of memory?)" if self.code == -signal.SIGKILL else ""
+        return f"signal {signal.Signals(-self.code).name}{hint}"
 
 
 class EngineLink:
@@ -85,13 +103,9 @@ class EngineLink:
         self._last_heard = time.monotonic()
         return _decoder.decode(frame)
 
-    async def wait_exit(self) -> tuple[str, str]:
-        """Waits for the process to end; says how it did, and where to read more if it said more."""
-        code = await self._process.wait()
-        if code >= 0:
-            return f"exit code {code}", "See the log above."
-        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
-        return f"signal {signal.Signals(-code).name}{hint}", ""
+    async def wait_exit(self) -> "Exit":
+        """Waits for the process to end."""
+        return Exit(await self._process.wait())
 
     def kill(self) -> None:
         """Ends it at once; also works on a stopped process."""
@@ -115,12 +129,13 @@ class EngineLink:
 
 @asynccontextmanager
 async def open_link(
-    command: Sequence[str], *, max_unread_messages: int, shutdown_s: float
+    command: Sequence[str], memory: int, *, max_unread_messages: int, shutdown_s: float
 ) -> AsyncIterator[EngineLink]:
-    """Spawns `command ADDRESS` and listens at ADDRESS; on leaving, process and socket are gone.
+    """Spawns `command ADDRESS MEMORY` and listens there; on leaving, process and socket are gone.
 
     Args:
-        command: The engine's command line, without the address.
+        command: The engine's command line, without the address and the memory.
+        memory: A descriptor that the engine inherits.
         max_unread_messages: More than this and the engine counts as hung.
         shutdown_s: How long it may take to end in order.
     """
@@ -134,7 +149,9 @@ async def open_link(
             address = f"ipc://{Path(path) / SOCKET}"
             socket.bind(address)
             process = await asyncio.create_subprocess_exec(
-                *command, address, stdin=asyncio.subprocess.DEVNULL
+                *(*command, address, str(memory)),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[memory],
             )
             link = EngineLink(process, socket, folder)
             try:

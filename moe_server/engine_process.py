@@ -1,6 +1,7 @@
-"""The engine process: `python -m moe_server.engine_process ADDRESS`, started by the supervisor.
+"""The engine process: `python -m moe_server.engine_process ADDRESS MEMORY`.
 
-Connects to the supervisor's socket, gets the configuration as the first frame, loads, and then
+Started by the supervisor: ADDRESS is its socket, MEMORY the descriptor of the file that experts are
+kept in from one engine to the next. Gets the configuration as the first frame, loads, and then
 repeats: drain the inbox, run a step, send what it brought in one message. Sends a heartbeat while
 idle. Ends on Shutdown or when the supervisor is gone; Ctrl-C is the supervisor's business.
 """
@@ -31,7 +32,7 @@ from moe_server.messages import (
     ToEngine,
     Vocabulary,
 )
-from moe_server.weights import Weights
+from moe_server.weights import Weights, lasting_memory
 
 HEARTBEAT_MS = 500
 PROGRESS_INTERVAL_S = 0.1
@@ -79,7 +80,7 @@ def main() -> None:
     outbox = Outbox(socket)
     status = 0
     try:
-        _serve(Config.model_validate_json(socket.recv()), socket, outbox)
+        _serve(Config.model_validate_json(socket.recv()), int(sys.argv[2]), socket, outbox)
     except MoeServerError as error:
         outbox.send(Fatal.of(error))
         status = 2
@@ -97,7 +98,7 @@ def main() -> None:
     os._exit(status)
 
 
-def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
+def _serve(config: Config, descriptor: int, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
     started = time.monotonic()
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
@@ -106,7 +107,8 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
         _check_cuda()
     # The disk works while libraries are imported; a lower interval lets its threads have the GIL.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    weights = Weights(config, checkpoint, plan)
+    lasting = lasting_memory(descriptor, config, checkpoint, plan)
+    weights = Weights(config, checkpoint, plan, lasting)
     weights.begin()
     # Heavy imports, after the messages that tell the front door we live.
     from moe_server.engine import Engine  # noqa: PLC0415
@@ -132,7 +134,8 @@ def _serve(config: Config, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
 
     engine = Engine(config, plan, weights, drain_inbox)
     preload(engine, config, plan, outbox.progress)
-    outbox.send(Loaded(time.monotonic() - started, plan.num_slots, plan.num_records))
+    seconds = time.monotonic() - started
+    outbox.send(Loaded(seconds, weights.num_kept, outlasts_engine=lasting is not None))
     while True:
         drain_inbox(HEARTBEAT_MS if engine.idle else 0)
         if is_shutdown:

@@ -203,8 +203,10 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     """The engine can run steps. It has touched every expert, but proven nothing yet."""
 
     seconds: float
-    num_slots: int
-    num_records: int
+    num_kept: int
+    """Experts that an earlier engine had left in memory."""
+    outlasts_engine: bool
+    """Whether experts will be found in memory by the engine that comes after this one."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

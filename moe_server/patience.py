@@ -20,7 +20,7 @@ class Patience:
     """An engine without requests sends a heartbeat every 0.5 s."""
     busy_s: float = 60.0
     """The longest that one step may take; see `longest_step_s`."""
-    first_backoff_s: float = 0.5
+    first_backoff_s: float = 0.1
     longest_backoff_s: float = 30.0
     """The backoff doubles with every loss up to this."""
     steady_s: float = 60.0

@@ -9,6 +9,7 @@ given to it as a coroutine function.
 """
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ log = structlog.get_logger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "moe_server.engine_process")
 LAST_WORDS_S = 0.5
-"""How long a Fatal may still be on its way after the process has ended."""
+"""How long a Fatal may still be on its way after the process has ended by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ class Supervisor:
         config: Sent to the engine as its first message.
         prove: Awaited after every successful load; READY follows when it returns. It raises
             MoeServerError where the server must not become ready.
-        command: The engine's command line (`ENGINE_COMMAND` but in tests); its socket address is
-            appended.
+        command: The engine's command line (`ENGINE_COMMAND` but in tests); the address of its
+            socket and the descriptor of its memory are appended.
         patience: How long to wait for what.
         introduction: Messages for each engine after its configuration.
     """
@@ -82,6 +83,8 @@ class Supervisor:
         self._max_unread_messages = 8 * limit
         self._requests = OpenRequests(limit)
         self._link: EngineLink | None = None
+        self._memory: int | None = None
+        """A file in memory where each engine finds the experts that the one before had read."""
         self._phase = ServerState.STARTING
         self._loaded = asyncio.Event()
         self._draining = False
@@ -125,7 +128,9 @@ class Supervisor:
 
     def start(self) -> None:
         """Spawns the engine, and respawns it until `stop`."""
-        self._task = asyncio.create_task(self._run_lives(), name="supervisor")
+        # Without a name: it goes when the last process that holds it ends, however that ends.
+        self._memory = os.memfd_create("moe-server-experts")
+        self._task = asyncio.create_task(self._run_lives(self._memory), name="supervisor")
 
     async def stop(self, *, at_once: bool = False) -> None:
         """Ends the engine, in order unless `at_once`; requests that are still open fail."""
@@ -137,6 +142,9 @@ class Supervisor:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+        if self._memory is not None:
+            os.close(self._memory)
+            self._memory = None
 
     @contextmanager
     def admit(self, *, is_probe: bool = False) -> Iterator[OpenRequest]:
@@ -214,16 +222,20 @@ class Supervisor:
         hides_phase = self._draining and self._phase is not ServerState.FAILED
         self.feed.publish(ServerState.DRAINING if hides_phase else self._phase)
 
-    async def _run_lives(self) -> None:
+    async def _run_lives(self, memory: int) -> None:
         backoff_s = self._patience.first_backoff_s
         while True:
             try:
-                loss = await self._run_life()
+                loss = await self._run_life(memory)
             except OSError as error:
                 loss = Loss(f"The engine process cannot be started: {error}.", "", retry=True)
             except Exception as error:
                 log.exception("engine life ended unexpectedly")
                 loss = Loss(f"Unexpected {error!r}.", "See the log.", retry=True)
+            if self._life_ready_at is None:
+                # It may be what it found there that ended it; and memory is needed by others while
+                # no engine can run.
+                await asyncio.to_thread(os.ftruncate, memory, 0)
             log.error("engine lost", message=loss.message, remedy=loss.remedy, retry=loss.retry)
             if not loss.retry:
                 self.reason = f"{loss.message} {loss.remedy}".strip()
@@ -242,13 +254,14 @@ class Supervisor:
         ready_at = self._life_ready_at
         return ready_at is not None and time.monotonic() - ready_at > self._patience.steady_s
 
-    async def _run_life(self) -> Loss:
+    async def _run_life(self, memory: int) -> Loss:
         self._loaded.clear()
         self._life_ready_at = None
         self.load = EngineLoad()
         failure = ("The server is shutting down.", "Retry on another server.")
         async with open_link(
             self._command,
+            memory,
             max_unread_messages=self._max_unread_messages,
             shutdown_s=self._patience.shutdown_s,
         ) as link:
@@ -303,7 +316,12 @@ class Supervisor:
                 case Progress():
                     self._note_progress(message)
                 case Loaded():
-                    log.info("engine loaded", seconds=round(message.seconds, 2))
+                    log.info(
+                        "engine loaded",
+                        seconds=round(message.seconds, 2),
+                        experts_kept=message.num_kept,
+                        experts_outlast_engine=message.outlasts_engine,
+                    )
                     self._loaded.set()
                 case Fatal():
                     return Loss(message.message, message.remedy, message.retry)
@@ -319,11 +337,13 @@ class Supervisor:
         self._enter(ServerState.LOADING)
 
     async def _await_exit(self, link: EngineLink, reader: asyncio.Task[Loss]) -> Loss:
-        how, remedy = await link.wait_exit()
-        await asyncio.wait({reader}, timeout=LAST_WORDS_S)
+        ending = await link.wait_exit()
+        if not ending.by_signal:
+            await asyncio.wait({reader}, timeout=LAST_WORDS_S)
         if reader.done():
             return reader.result()
-        return Loss(f"The engine process ended with {how}.", remedy, retry=True)
+        remedy = "" if ending.by_signal else "See the log above."
+        return Loss(f"The engine process ended with {ending}.", remedy, retry=True)
 
     async def _await_silence(self, link: EngineLink) -> Loss:
         was_overdue = False

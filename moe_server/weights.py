@@ -9,18 +9,22 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_server.budget import READ_BLOCK_BYTES, MemoryPlan, embedding_places
 from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import Config
+from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook
 from moe_server.offload.cost import CostModel
+from moe_server.offload.lasting import LastingMemory
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.pages import map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 from moe_server.offload.rows import StoredRows
+from moe_server.offload.shared_pages import is_as_fast_as_private
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +44,19 @@ class Weights:
         config: The whole configuration.
         checkpoint: What is served.
         plan: How memory is divided.
+        lasting: Memory for experts that outlives this process, from `lasting_memory`.
     """
 
-    def __init__(self, config: Config, checkpoint: Checkpoint, plan: MemoryPlan) -> None:
+    def __init__(
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        plan: MemoryPlan,
+        lasting: LastingMemory | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.num_kept = 0
+        """Experts that an earlier process had left in memory."""
         self.reader = Reader(
             config.read_threads,
             READ_BLOCK_BYTES,
@@ -64,6 +77,7 @@ class Weights:
                 computes_in_place=config.device == "cpu" or config.host_compute,
             ),
             allow_pageable=config.allow_pageable,
+            lasting=lasting,
         )
         self.embedding: StoredRows | None = None
         """The token embedding's rows, where they stay on disk."""
@@ -77,10 +91,15 @@ class Weights:
                 embedding_places(config, checkpoint),
             )
         self._plan = plan
+        self._lasting = lasting
         self._dense: dict[str, _DenseRead] = {}
 
     def begin(self) -> None:
-        """Begins to read the dense weights and, behind them, as many experts as have a place."""
+        """Begins to read the dense weights and, behind them, as many experts as have a place.
+
+        Those that an earlier process left are not read again.
+        """
+        self.num_kept = self.cache.tiers.adopt(self._is_intact)
         for name, location in self._kept().items():
             # A mapping each: a tensor that is handed on by copying frees its own.
             memory = map_pages(location.nbytes)
@@ -126,6 +145,16 @@ class Weights:
         if self.embedding is not None:
             self.embedding.read_through(progress)
 
+    @property
+    def are_proven(self) -> bool:
+        """Whether an earlier process has read and computed every expert there is."""
+        return self._lasting is not None and self._lasting.is_proven
+
+    def note_proven(self) -> None:
+        """Every expert was read and computed, here or by an earlier process."""
+        if self._lasting is not None:
+            self._lasting.note_proven()
+
     def close(self) -> None:
         """Ends the reader's threads, after the blocks that they are reading."""
         self.cache.close()
@@ -136,6 +165,21 @@ class Weights:
         dense = self.checkpoint.dense
         on_disk = self.checkpoint.embedding if self.embedding is not None else None
         return {name: tensor for name, tensor in dense.items() if tensor is not on_disk}
+
+    def _is_intact(self, expert: ExpertId, address: int) -> bool:
+        """Whether an expert of this model has its bytes at `address`, as far as checksums say.
+
+        The process that left it may have crashed because something wrote where it should not.
+        """
+        if expert not in self.checkpoint.experts:
+            return False
+        # A book of its own: what is in memory teaches nothing of what is on disk.
+        book = ChecksumBook(self.checkpoint.checksums)
+        return book.is_empty or all(
+            book.mismatch(part.file, part.file_offset, _memory(address + part.record_offset, part))
+            is None
+            for part in self.checkpoint.record_segments(expert)
+        )
 
     def _by_place_on_disk(self) -> list[ExpertId]:
         """An equal share of every layer, as many as have a place, in the order they lie on disk."""
@@ -152,3 +196,50 @@ class Weights:
             return str(first.file), first.file_offset
 
         return sorted(chosen, key=place)
+
+
+def lasting_memory(
+    descriptor: int, config: Config, checkpoint: Checkpoint, plan: MemoryPlan
+) -> LastingMemory | None:
+    """Memory for experts that outlives this process, bound to where their bytes come from.
+
+    Args:
+        descriptor: The file that the supervisor holds.
+        config: The whole configuration.
+        checkpoint: What is served.
+        plan: How memory is divided.
+
+    Returns:
+        None where such memory would have small pages only: steps would be slower for the sake of a
+        restart.
+
+    Raises:
+        MoeServerError: The kernel refused the memory.
+    """
+    if not is_as_fast_as_private():
+        return None
+    files = {part.file for parts in checkpoint.experts.values() for part in parts}
+    try:
+        found = {str(file): _identity(file) for file in files}
+        return LastingMemory(
+            descriptor,
+            f"{sorted(found.items())} {sorted(checkpoint.experts.items())}",
+            num_slots=plan.num_slots if config.device == "cpu" else 0,
+            num_records=plan.num_records,
+            stride_bytes=plan.slot_bytes,
+        )
+    except OSError as error:
+        raise MoeServerError(
+            f"Cannot map memory for experts: {error.strerror}.",
+            "Lower device_memory or host_memory.",
+            reason=Reason.EXHAUSTED,
+        ) from None
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _memory(address: int, part: Segment) -> memoryview:
+    return memoryview((ctypes.c_char * part.nbytes).from_address(address)).cast("B")

@@ -25,6 +25,7 @@ from moe_server.offload.arena import Arena
 from moe_server.offload.cost import CostModel
 from moe_server.offload.counters import CacheCounters
 from moe_server.offload.fetches import Fetch, Fetches
+from moe_server.offload.lasting import LastingMemory
 from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.policy import DEFAULT_POLICY
 from moe_server.offload.reader import Priority, Reader
@@ -105,6 +106,7 @@ class ExpertCache:
         policy: Who is evicted, in both tiers: a name of `offload.policy`.
         cost: Prices; by default those of a machine nothing is known of.
         allow_pageable: Go on where host memory cannot be pinned.
+        lasting: Memory that outlives this process, for what is in RAM.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class ExpertCache:
         policy: str = DEFAULT_POLICY,
         cost: CostModel | None = None,
         allow_pageable: bool = False,
+        lasting: LastingMemory | None = None,
     ) -> None:
         self.counters = CacheCounters()
         self.tiers = Tiers(
@@ -132,6 +135,7 @@ class ExpertCache:
             policy=policy,
             cost=cost or CostModel(shared_memory=device == "cpu"),
             allow_pageable=allow_pageable,
+            lasting=lasting,
         )
         self._reader = reader
         self._stride_bytes = stride_bytes
@@ -230,7 +234,7 @@ class ExpertCache:
             experts: In order of preference; those that find no place are left out.
         """
         for expert in experts:
-            if self._is_near(expert):
+            if self.is_near(expert):
                 continue
             reached = (self._on_device, self._in_host)
             tiers = reached[1:] if self._fetches.need_staging else reached
@@ -240,6 +244,11 @@ class ExpertCache:
             self._coming[expert] = self._fetches.start(
                 expert, tier, tier.free.pop(), Priority.PRELOAD
             )
+
+    def is_near(self, expert: ExpertId) -> bool:
+        """True where an expert is in memory or on its way there."""
+        tiers = (self._on_device.places, self._in_host.places, self._coming)
+        return any(expert in places for places in tiers)
 
     @property
     def coming_bytes(self) -> int:
@@ -410,11 +419,6 @@ class ExpertCache:
             expert = missing.popleft()
             under_way.append(self._fetches.start(expert, self._on_device, place, Priority.DEMAND))
 
-    def _is_near(self, expert: ExpertId) -> bool:
-        """True where an expert is in memory or on its way there."""
-        tiers = (self._on_device.places, self._in_host.places, self._coming)
-        return any(expert in places for places in tiers)
-
     def _make_room(self, incoming: ExpertId) -> int | None:
         """A slot for an expert that is wanted now, by eviction if need be; None: all are in use."""
         place = self._slot_for(incoming, keep=self._in_use | self._soon)
@@ -472,7 +476,7 @@ class ExpertCache:
         """Begins reading what is predicted, within the budget."""
         while self._predicted and self._may_prefetch():
             expert = self._predicted[0]
-            if not self._is_near(expert):
+            if not self.is_near(expert):
                 self._fetches.collect_left()
                 place = self._slot_for(expert, keep=self._in_use | self._soon)
                 if place is None:

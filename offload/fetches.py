@@ -89,7 +89,7 @@ class Fetches:
             staging = self._free_staging.pop()
             arena, index = self._staging, staging
         ticket = self._reader.submit(
-            self._records[expert], arena.address(index), priority, owner=arena
+            self._records[expert], arena.address(index), priority, owner=arena, touch=arena.touch
         )
         return Fetch(expert, tier, place, ticket, staging=staging)
 

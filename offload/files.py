@@ -10,11 +10,11 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_server.offload.layout import PAGE_BYTES
-from moe_server.offload.pages import touch
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,14 @@ class OpenFile:
     size: int
     """When it was opened."""
 
-    def read_into(self, address: int, offset: int, nbytes: int, window: mmap.mmap) -> None:
+    def read_into(
+        self,
+        address: int,
+        offset: int,
+        nbytes: int,
+        window: mmap.mmap,
+        touch: Callable[[int, int], None],
+    ) -> None:
         """Reads `nbytes` from `offset` on to `address`.
 
         Args:
@@ -35,14 +42,15 @@ class OpenFile:
             nbytes: How many.
             window: Scratch memory of whole pages, two more than `nbytes` take: a range whose file
                 offset or target is not page-aligned is read as whole pages and copied out of it.
+            touch: Has the kernel provide the target's memory; given its address and size.
 
         Raises:
             OSError: The read failed.
             EOFError: The file ends before.
         """
+        touch(address, nbytes)
         aligned = (offset | nbytes | address) % PAGE_BYTES == 0
         if aligned or not self.direct:
-            touch(address, nbytes)
             target = (ctypes.c_char * nbytes).from_address(address)
             self._fill(memoryview(target), offset, nbytes)
         else:

@@ -10,7 +10,7 @@ import mmap
 
 from moe_server.kernels.formats import round_up
 
-_HUGE_BYTES = 2**21
+HUGE_BYTES = 2**21
 """Of a huge page on x86 and, with 4 KiB pages, on ARM."""
 
 
@@ -37,6 +37,6 @@ def touch(address: int, nbytes: int) -> None:
     them, and every `mmap` of another thread waits for it: an import, for example. A fault of the
     program itself locks one mapping only.
     """
-    first_page = round_up(address, _HUGE_BYTES)
-    for start in (address, *range(first_page, address + nbytes, _HUGE_BYTES)):
+    first_page = round_up(address, HUGE_BYTES)
+    for start in (address, *range(first_page, address + nbytes, HUGE_BYTES)):
         ctypes.memset(start, 0, 1)  # releases the GIL

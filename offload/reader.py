@@ -14,21 +14,26 @@ import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeAlias
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.checksum import ChecksumBook, RowChecksums
 from moe_server.offload.files import OpenFile, OpenFiles
 from moe_server.offload.layout import PAGE_BYTES, Segment
-from moe_server.offload.pages import map_pages
+from moe_server.offload.pages import map_pages, touch
 
 _ATTEMPTS = 3
 """A block that fails is read again: the error, or the flipped bit, may have been on the way."""
 _RETRY_S = 0.01
 _PREFETCH_DEPTH = 2
 """Blocks of prefetches in flight at once: all that a demand read can find before it."""
+
+
+Touch: TypeAlias = Callable[[int, int], None]
+"""Has the kernel provide memory; given its address and size."""
 
 
 class Priority(IntEnum):
@@ -78,6 +83,7 @@ class ReadTicket:
         self.address = address
         self.book = book
         self.owner: object = None
+        self.touch: Touch = touch
         self.priority = priority
         self.pending = deque(enumerate(blocks))
         self.in_flight = 0
@@ -220,6 +226,7 @@ class Reader:
         priority: Priority = Priority.DEMAND,
         owner: object = None,
         book: RowChecksums | None = None,
+        touch: Touch = touch,
     ) -> ReadTicket:
         """Starts reading.
 
@@ -229,6 +236,7 @@ class Reader:
             priority: Who goes first.
             owner: Owns that memory; kept alive until the read has ended.
             book: What segments that are no whole pieces are held to, in place of the reader's book.
+            touch: Has the kernel provide a part of that memory; given its address and size.
         """
         blocks = [
             _Block(segment, start, min(self.block_bytes, segment.nbytes - start))
@@ -236,7 +244,7 @@ class Reader:
             for start in range(0, segment.nbytes, self.block_bytes)
         ]
         ticket = ReadTicket(self, blocks, address, priority, book or self.book)
-        ticket.owner = owner
+        ticket.owner, ticket.touch = owner, touch
         if blocks:
             with self.lock:
                 self._queues[priority].append(ticket)
@@ -384,7 +392,7 @@ class Reader:
         segment = block.segment
         offset = segment.file_offset + block.start
         target = ticket.address + segment.record_offset + block.start
-        file.read_into(target, offset, block.nbytes, window)
+        file.read_into(target, offset, block.nbytes, window, ticket.touch)
         if ticket.book.is_empty:
             return
         content = memoryview((ctypes.c_char * block.nbytes).from_address(target)).cast("B")

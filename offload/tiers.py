@@ -7,12 +7,13 @@ disk and no layers' wishes: `cache` reads into places that it gets here.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moe_server.offload.arena import Arena
 from moe_server.offload.cost import CostModel
+from moe_server.offload.lasting import LastingMemory, Ledger
 from moe_server.offload.layout import ExpertId
 from moe_server.offload.policy import Policy, make_policy
 
@@ -28,18 +29,23 @@ class Tier:
     """One tier's bookkeeping: who is where, and which places are free."""
 
     policy: Policy
+    ledger: Ledger
+    """The same as `places`, for the process that comes after this one."""
     places: dict[ExpertId, int] = field(default_factory=dict)
     free: list[int] = field(default_factory=list)
 
     def put(self, expert: ExpertId, place: int, *, used: bool = True) -> None:
         """Enters an expert; not `used`: nobody has wanted it here yet."""
         self.places[expert] = place
+        self.ledger.enter(place, expert)
         self.policy.add(expert, used=used)
 
     def drop(self, expert: ExpertId) -> int:
         """Forgets `expert`; the place it had is the caller's."""
         self.policy.remove(expert)
-        return self.places.pop(expert)
+        place = self.places.pop(expert)
+        self.ledger.strike(place)  # first: whoever gets the place may write to it
+        return place
 
 
 @dataclass(slots=True)
@@ -64,6 +70,7 @@ class Tiers:
         policy: Who is evicted, in both tiers: a name of `offload.policy`.
         cost: Prices.
         allow_pageable: Go on where host memory cannot be pinned.
+        lasting: Memory that outlives this process, for what is in RAM.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Tiers:
         policy: str,
         cost: CostModel,
         allow_pageable: bool,
+        lasting: LastingMemory | None,
     ) -> None:
         self.cost = cost
         self.counters = MoveCounters()
@@ -84,16 +92,24 @@ class Tiers:
         self.slots: Arena | torch.Tensor = (
             _gpu_slots(num_slots, stride_bytes, device)
             if self.on_gpu
-            else Arena(num_slots, stride_bytes)
+            else Arena(num_slots, stride_bytes, shared=lasting.slots if lasting else None)
         )
         self.host = Arena(
-            num_records, stride_bytes, pinned=self.on_gpu, allow_pageable=allow_pageable
+            num_records,
+            stride_bytes,
+            pinned=self.on_gpu,
+            allow_pageable=allow_pageable,
+            shared=lasting.records if lasting else None,
         )
         self.on_device = Tier(
-            make_policy(policy, num_slots, num_layers), free=list(range(num_slots))[::-1]
+            make_policy(policy, num_slots, num_layers),
+            lasting.slots_ledger if lasting and not self.on_gpu else Ledger.private(num_slots),
+            free=list(range(num_slots))[::-1],
         )
         self.in_host = Tier(
-            make_policy(policy, num_records, num_layers), free=list(range(num_records))[::-1]
+            make_policy(policy, num_records, num_layers),
+            lasting.records_ledger if lasting else Ledger.private(num_records),
+            free=list(range(num_records))[::-1],
         )
         self.in_use: set[ExpertId] = set()
         """Not to be evicted. The cache's."""
@@ -103,6 +119,26 @@ class Tiers:
         self._forgotten: dict[ExpertId, None] = {}
         """As many as the host tier holds, the longest forgotten first: what became of them tells
         whether demoting would have paid, while nothing is demoted."""
+
+    def adopt(self, is_intact: Callable[[ExpertId, int], bool]) -> int:
+        """Takes over what the ledgers say an earlier process left; before anything else is here.
+
+        Args:
+            is_intact: Whether an expert of this model has its bytes at this address.
+
+        Returns:
+            How many experts were taken over.
+        """
+        for tier, arena in ((self.on_device, self.slots), (self.in_host, self.host)):
+            for place, expert in tier.ledger.entries().items():
+                is_known = expert in self.on_device.places or expert in self.in_host.places
+                assert isinstance(arena, Arena), "memory of a GPU outlives no process"
+                if is_known or not is_intact(expert, arena.address(place)):
+                    tier.ledger.strike(place)
+                else:
+                    tier.free.remove(place)
+                    tier.put(expert, place, used=False)
+        return len(self.on_device.places) + len(self.in_host.places)
 
     def memory(self, tier: Tier, place: int) -> "torch.Tensor":
         """A place's record: uint8, shape (stride_bytes,), a view."""
@@ -176,6 +212,9 @@ class Tiers:
             places = [*tier.places.values(), *tier.free, *on_their_way]
             assert sorted(places) == list(range(count)), f"places of {count}: {sorted(places)}"
             assert len(tier.policy) == len(tier.places), "policy and places disagree"
+            assert tier.ledger.entries() == {
+                place: expert for expert, place in tier.places.items()
+            }, "ledger and places disagree"
             assert all(expert in tier.policy for expert in tier.places), (
                 "policy and places disagree"
             )

@@ -11,17 +11,21 @@ from moe_server.config import load_config
 from moe_server.engine import Engine
 from moe_server.messages import Sampling, Submit, TokenEvent
 from moe_server.warmup.preload import preload
-from moe_server.weights import Weights
+from moe_server.weights import Weights, lasting_memory
 
 
 @contextmanager
-def running_engine(path: Path, **flags: Any) -> Iterator[Engine]:
-    """A loaded engine for a checkpoint; keys of the configuration as keyword arguments."""
+def running_engine(path: Path, memory: int | None = None, **flags: Any) -> Iterator[Engine]:
+    """A loaded engine for a checkpoint; keys of the configuration as keyword arguments.
+
+    `memory` is the descriptor of the file that experts are kept in.
+    """
     flags = {"model": str(path), "dense_backend": "resident", "threads": 1, **flags}
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(path)
     plan = plan_memory(config, checkpoint)
-    weights = Weights(config, checkpoint, plan)
+    lasting = None if memory is None else lasting_memory(memory, config, checkpoint, plan)
+    weights = Weights(config, checkpoint, plan, lasting)
     weights.begin()
     engine = Engine(config, plan, weights)
     preload(engine, config, plan, lambda progress: None)

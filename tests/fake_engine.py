@@ -1,10 +1,11 @@
 """A stand-in for the engine process whose tokens can be checked by hand.
 
 Speaks the same messages over the same socket, in its own process: token i+1 = (last + 1) % vocab.
-`python -m tests.fake_engine [--vocab N] [--step-s S] [...] IPC_ADDRESS`. It imports no torch.
+`python -m tests.fake_engine [--vocab N] [--step-s S] [...] ADDRESS MEMORY`. It imports no torch.
 
 What tests read from its heartbeat: `running` as in the real engine, `blocks_used` = the
-number of Cancel messages read, `blocks_total` = the number of Submit messages read.
+number of Cancel messages read, `blocks_total` = the number of Submit messages read. Each engine
+leaves one byte more in its memory.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class FakeEngine:
             # A named pipe: opening it waits until the test opens its other end.
             Path(self.options.gate).read_bytes()
         self.send(Progress("experts", 2, 2, 100, 100))
-        self.send(Loaded(0.0, 1, 1))
+        self.send(Loaded(0.0, 0, outlasts_engine=False))
         return True
 
     def run(self) -> None:
@@ -147,7 +148,9 @@ def main() -> None:
     parser.add_argument("--crash-token", type=int, default=-1)
     parser.add_argument("--crash-once", default="", help="a file; no crash where it exists")
     parser.add_argument("address")
+    parser.add_argument("memory", type=int, help="an inherited descriptor")
     options = parser.parse_args()
+    os.write(options.memory, b"!")
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(options.address)

@@ -129,6 +129,31 @@ async def test_a_crashed_or_hung_engine_is_replaced(how):
         assert await tokens(supervisor, [1], 2) == [2, 3]
 
 
+def memory_bytes(supervisor: Supervisor) -> int:
+    """What the engines have left in their memory; one byte each."""
+    return os.fstat(supervisor._memory).st_size
+
+
+async def test_engines_share_memory_which_goes_with_the_supervisor():
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        assert memory_bytes(supervisor) == 1
+        os.kill(supervisor.engine_pid, signal.SIGKILL)
+        await reach(supervisor, ServerState.STARTING)
+        await reach(supervisor, ServerState.READY)
+        assert memory_bytes(supervisor) == 2
+        descriptor = supervisor._memory
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+async def test_memory_of_an_engine_that_never_was_ready_is_not_passed_on():
+    """What is in it may be what ended the engine."""
+    async with supervised("--fatal", "retry") as supervisor:
+        await eventually(lambda: supervisor.num_restarts >= 3)
+        assert memory_bytes(supervisor) <= 1
+
+
 async def test_a_temporary_folder_with_a_long_name(tmp_path, monkeypatch):
     folder = tmp_path / ("long" * 30)
     folder.mkdir()

@@ -14,6 +14,7 @@ from moe_server.config import Config
 from moe_server.engine import Engine
 from moe_server.messages import Progress
 from moe_server.offload.calibration import Calibration
+from moe_server.offload.layout import ExpertId
 
 STAGES = ("dense weights", "experts in memory", "every expert")
 
@@ -28,7 +29,8 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
     """Loads the dense weights and touches every expert.
 
     Experts that have a place are read first, in the order they lie on disk, then all are touched in
-    the order of layers; with more experts than slots every layer ends with its share of them.
+    the order of layers; with more experts than slots every layer ends with its share of them. After
+    a restart those are left out that are on disk: an earlier process has proven them.
 
     Raises:
         MoeServerError: A read failed.
@@ -53,7 +55,10 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
     calibration = Calibration(engine.weights.reader)
     for layer in range(checkpoint.num_layers):
         for expert in range(checkpoint.num_experts):
+            if engine.weights.are_proven and not engine.cache.is_near(ExpertId(layer, expert)):
+                continue
             calibration.next()
             engine.model.experts.touch(layer, expert)
             touched((layer * checkpoint.num_experts + expert + 1) * plan.expert_bytes)
     calibration.conclude()
+    engine.weights.note_proven()

@@ -1,7 +1,9 @@
 """The proof behind READY: real requests through the real listener.
 
-After every successful load: a batch of requests side by side, then probes one after another, each
-timed as a client would time it. READY means that every probe of one round kept the limits.
+After the first successful load: a batch of requests side by side, then probes one after another,
+each timed as a client would time it. READY means that every probe of one round kept the limits. An
+engine that takes the place of one that was proven finds the same machine, and its experts where
+they were: one probe is enough, unless that misses a limit.
 
 Knows the protocol and an address; neither the supervisor that awaits it nor the engine. `moe-server
 warmup` sends the same probes from outside.
@@ -12,6 +14,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import grpc
 import structlog
@@ -136,6 +139,10 @@ class WarmUp:
         """What it is doing, for people."""
         self.probes: list[Probe] = []
         """Every probe of this life, in order; READY rests on the last ones."""
+        self._was_proven = False
+        self._seeds = count()
+        """They go on from round to round and from life to life: a prompt seen before would find its
+        experts in memory."""
 
     async def prove(self) -> None:
         """Returns when every probe of a round kept the limits.
@@ -161,6 +168,7 @@ class WarmUp:
                     failure = str(error)
                 if not failure:
                     self.stage = f"proven in round {attempt}"
+                    self._was_proven = True
                     return
                 log.warning("warm-up round failed", attempt=attempt, failure=failure)
         raise MoeServerError(
@@ -171,19 +179,20 @@ class WarmUp:
 
     async def _round(self, channel: grpc.aio.Channel, attempt: int) -> str:
         """What the round's first bad probe missed; empty where all were good."""
-        if attempt == 1:
+        is_short = self._was_proven and attempt == 1
+        if attempt == 1 and not is_short:
             self.stage = f"warm-up batch of {self._batch}"
-            await asyncio.gather(*(self._send(channel, seed) for seed in range(self._batch)))
-        for index in range(1, self._config.probes + 1):
-            self.stage = f"round {attempt}: probe {index} of {self._config.probes}"
-            # Seeds go on from round to round: a prompt seen before would find its experts cached.
-            probe = await self._send(channel, self._batch + len(self.probes))
+            await asyncio.gather(*(self._send(channel) for _ in range(self._batch)))
+        num_probes = 1 if is_short else self._config.probes
+        for index in range(1, num_probes + 1):
+            self.stage = f"round {attempt}: probe {index} of {num_probes}"
+            probe = await self._send(channel)
             self.probes.append(probe)
             log.info("probe", attempt=attempt, index=index, ttft_ms=round(1000 * probe.ttft_s, 2))
             missed = missed_limits(probe, self._config.max_ttft_ms, self._config.max_tpot_ms)
             if missed:
-                return f"probe {index} of {self._config.probes}: {missed}"
+                return f"probe {index} of {num_probes}: {missed}"
         return ""
 
-    async def _send(self, channel: grpc.aio.Channel, seed: int) -> Probe:
-        return await send_probe(channel, self._shape, seed, self._metadata)
+    async def _send(self, channel: grpc.aio.Channel) -> Probe:
+        return await send_probe(channel, self._shape, next(self._seeds), self._metadata)

@@ -1,4 +1,6 @@
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -29,6 +31,34 @@ async def test_ready_rests_on_probes_through_grpc():
         assert door.server.warm_up.stage == "proven in round 1"
         # 3 side by side, then 2 one after another.
         assert door.num_submits in (0, 5)
+
+
+async def test_after_a_restart_one_probe_is_enough_and_none_comes_twice(monkeypatch):
+    seeds = []
+    prompt = ProbeShape.prompt
+
+    def noted(shape, seed):
+        seeds.append(seed)
+        return prompt(shape, seed)
+
+    monkeypatch.setattr(ProbeShape, "prompt", noted)
+    async with front_door(config=warmup()) as door:
+        os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.STARTING)
+        await door.reach(ServerState.READY)
+        assert len(door.server.warm_up.probes) == 1
+        assert seeds == list(range(3 + 2 + 1))
+
+
+async def test_after_a_restart_a_missed_limit_calls_for_a_whole_round(monkeypatch):
+    async with front_door(config=warmup(max_ttft_ms=10_000)) as door:
+        misses = iter(["too slow"])
+        monkeypatch.setattr("moe_server.warmup.probe.missed_limits", lambda *_: next(misses, ""))
+        os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.STARTING)
+        await door.reach(ServerState.READY)
+        assert door.server.warm_up.stage == "proven in round 2"
+        assert len(door.server.warm_up.probes) == 1 + 2
 
 
 async def test_a_missed_limit_is_retried_then_failed_with_the_figures():
