@@ -9,8 +9,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -21,6 +21,7 @@ import zmq
 import zmq.asyncio
 
 from moe_server.messages import FromEngine, Shutdown, ToEngine
+from moe_server.pulse import Pulse
 
 log = structlog.get_logger(__name__)
 
@@ -57,10 +58,12 @@ class EngineLink:
         process: asyncio.subprocess.Process,
         socket: zmq.asyncio.Socket,
         folder: TemporaryDirectory[str],
+        pulse: Pulse,
     ) -> None:
         self._process = process
         self._folder = folder
         self._socket = socket
+        self._pulse = pulse
         self._is_connected = False
         self._last_heard = time.monotonic()
 
@@ -70,8 +73,14 @@ class EngineLink:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the engine last said anything, or since it was spawned."""
-        return time.monotonic() - self._last_heard
+        """Seconds since the engine said anything or its work advanced, or since it was spawned."""
+        return time.monotonic() - max(self._last_heard, self._pulse.advanced_at)
+
+    @property
+    def lifeless_s(self) -> float:
+        """Seconds since the engine's last pulse; 0 before the first."""
+        beaten_at = self._pulse.beaten_at
+        return time.monotonic() - beaten_at if beaten_at else 0.0
 
     async def send_config(self, config_json: bytes) -> None:
         """The first frame; waits until the engine has connected."""
@@ -131,35 +140,46 @@ class EngineLink:
 async def open_link(
     command: Sequence[str], memory: int, *, max_unread_messages: int, shutdown_s: float
 ) -> AsyncIterator[EngineLink]:
-    """Spawns `command ADDRESS MEMORY` and listens there; on leaving, process and socket are gone.
+    """Spawns `command ADDRESS MEMORY PULSE`; on leaving, process and socket are gone.
 
     Args:
-        command: The engine's command line, without the address and the memory.
-        memory: A descriptor that the engine inherits.
+        command: The engine's command line, without the address that we listen at and the
+            descriptors that it inherits.
+        memory: The descriptor of the file that engines keep experts in.
         max_unread_messages: More than this and the engine counts as hung.
         shutdown_s: How long it may take to end in order.
     """
     context = zmq.asyncio.Context()
     # The directory is created with mode 0700: no other user can speak to the engine.
     folder = TemporaryDirectory(prefix=PREFIX, dir=_short_folder())
-    with folder as path:
+    with folder as path, _unnamed_file(Pulse.NBYTES) as pulse:
         try:
             socket = context.socket(zmq.PAIR)
             socket.setsockopt(zmq.SNDHWM, max_unread_messages)
             address = f"ipc://{Path(path) / SOCKET}"
             socket.bind(address)
             process = await asyncio.create_subprocess_exec(
-                *(*command, address, str(memory)),
+                *(*command, address, str(memory), str(pulse)),
                 stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[memory],
+                pass_fds=[memory, pulse],
             )
-            link = EngineLink(process, socket, folder)
+            link = EngineLink(process, socket, folder, Pulse(pulse))
             try:
                 yield link
             finally:
                 await link.shut_down(shutdown_s)
         finally:
             context.destroy(linger=0)
+
+
+@contextmanager
+def _unnamed_file(nbytes: int) -> Iterator[int]:
+    descriptor = os.memfd_create("moe-server-pulse")
+    try:
+        os.ftruncate(descriptor, nbytes)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _short_folder() -> str:

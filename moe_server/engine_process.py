@@ -1,9 +1,10 @@
-"""The engine process: `python -m moe_server.engine_process ADDRESS MEMORY`.
+"""The engine process: `python -m moe_server.engine_process ADDRESS MEMORY PULSE`.
 
 Started by the supervisor: ADDRESS is its socket, MEMORY the descriptor of the file that experts are
-kept in from one engine to the next. Gets the configuration as the first frame, loads, and then
-repeats: drain the inbox, run a step, send what it brought in one message. Sends a heartbeat while
-idle. Ends on Shutdown or when the supervisor is gone; Ctrl-C is the supervisor's business.
+kept in from one engine to the next, PULSE that of the page where the watchdog looks. Gets the
+configuration as the first frame, loads, and then repeats: drain the inbox, run a step, send what it
+brought in one message. Sends a heartbeat while idle. Ends on Shutdown or when the supervisor is
+gone; Ctrl-C is the supervisor's business.
 """
 
 import ctypes
@@ -32,6 +33,7 @@ from moe_server.messages import (
     ToEngine,
     Vocabulary,
 )
+from moe_server.pulse import Pulse
 from moe_server.weights import Weights, lasting_memory
 
 HEARTBEAT_MS = 500
@@ -80,7 +82,8 @@ def main() -> None:
     outbox = Outbox(socket)
     status = 0
     try:
-        _serve(Config.model_validate_json(socket.recv()), int(sys.argv[2]), socket, outbox)
+        memory, pulse = map(int, sys.argv[2:])
+        _serve(Config.model_validate_json(socket.recv()), memory, Pulse(pulse), socket, outbox)
     except MoeServerError as error:
         outbox.send(Fatal.of(error))
         status = 2
@@ -98,7 +101,9 @@ def main() -> None:
     os._exit(status)
 
 
-def _serve(config: Config, descriptor: int, socket: "zmq.Socket[bytes]", outbox: Outbox) -> None:
+def _serve(
+    config: Config, memory: int, pulse: Pulse, socket: "zmq.Socket[bytes]", outbox: Outbox
+) -> None:
     started = time.monotonic()
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
@@ -107,9 +112,10 @@ def _serve(config: Config, descriptor: int, socket: "zmq.Socket[bytes]", outbox:
         _check_cuda()
     # The disk works while libraries are imported; a lower interval lets its threads have the GIL.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    lasting = lasting_memory(descriptor, config, checkpoint, plan)
+    lasting = lasting_memory(memory, config, checkpoint, plan)
     weights = Weights(config, checkpoint, plan, lasting)
     weights.begin()
+    pulse.give(lambda: weights.reader.counters.bytes)
     # Heavy imports, after the messages that tell the front door we live.
     from moe_server.engine import Engine  # noqa: PLC0415
     from moe_server.warmup.preload import preload  # noqa: PLC0415

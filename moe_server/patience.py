@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from moe_server.budget import MemoryPlan
 from moe_server.config import Config
+
+SLOW_DISK_S = 30.0
+"""For one block of a few MiB, with retries."""
 
 SLOW_SAMPLING_S = 0.2
 """One request's token with penalties and log-probabilities: measured 0.06 s for 100,000 ids."""
@@ -19,7 +21,11 @@ class Patience:
     idle_s: float = 10.0
     """An engine without requests sends a heartbeat every 0.5 s."""
     busy_s: float = 60.0
-    """The longest that one step may take; see `longest_step_s`."""
+    """The longest that a step may take while nothing comes from disk; see `longest_step_s`."""
+    pulse_s: float = 5.0
+    """A process that works, whatever at, has a pulse every 0.25 s."""
+    loading_pulse_s: float = 60.0
+    """Libraries that come from a cold disk hold up all threads of a Python process."""
     first_backoff_s: float = 0.1
     longest_backoff_s: float = 30.0
     """The backoff doubles with every loss up to this."""
@@ -28,17 +34,14 @@ class Patience:
     shutdown_s: float = 5.0
 
 
-def longest_step_s(config: Config, plan: MemoryPlan, num_active_parameters: int) -> float:
-    """How long one step may take before the engine counts as hung.
+def longest_step_s(config: Config, num_active_parameters: int) -> float:
+    """How long a step may take while nothing comes from disk before the engine counts as hung.
 
-    A step can read every expert that is not resident, once, computes up to max_batch_tokens and
-    samples for every running request. The rates are pessimistic on purpose: killing a slow engine
-    helps nobody.
+    It computes up to max_batch_tokens and samples for every running request. The rates are
+    pessimistic on purpose: killing a slow engine helps nobody. (Bytes that arrive are a sign of
+    life, so the slowness of a disk does not matter, nor how much of a model is on it.)
     """
-    slow_disk_bytes_per_s = 200e6
     slow_flops = 10e9 if config.device == "cpu" else 1e12
-    absent = max(0, plan.num_experts_total - plan.num_slots)
     flops = 2 * num_active_parameters * config.scheduler.max_batch_tokens
-    read_s = absent * plan.expert_bytes / slow_disk_bytes_per_s
     sampling_s = config.scheduler.max_running * SLOW_SAMPLING_S
-    return 10.0 + read_s + flops / slow_flops + sampling_s
+    return SLOW_DISK_S + flops / slow_flops + sampling_s

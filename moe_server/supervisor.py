@@ -61,7 +61,7 @@ class Supervisor:
         prove: Awaited after every successful load; READY follows when it returns. It raises
             MoeServerError where the server must not become ready.
         command: The engine's command line (`ENGINE_COMMAND` but in tests); the address of its
-            socket and the descriptor of its memory are appended.
+            socket and the descriptors of memory and pulse are appended.
         patience: How long to wait for what.
         introduction: Messages for each engine after its configuration.
     """
@@ -348,14 +348,26 @@ class Supervisor:
     async def _await_silence(self, link: EngineLink) -> Loss:
         was_overdue = False
         while True:
-            await asyncio.sleep(self._patience.idle_s / 8)
-            is_overdue = link.silent_s > self._allowed_silence_s()
+            await asyncio.sleep(min(self._patience.idle_s, self._patience.pulse_s) / 8)
+            message = self._overdue(link)
             # Twice in a row: after this process itself was stopped, what the engine said meanwhile
             # must be read before its silence is judged.
-            if is_overdue and was_overdue:
+            if message and was_overdue:
                 link.kill()
-                return Loss(f"The engine said nothing for {link.silent_s:.0f} s.", "", retry=True)
-            was_overdue = is_overdue
+                return Loss(message, "", retry=True)
+            was_overdue = bool(message)
+
+    def _overdue(self, link: EngineLink) -> str:
+        """What the engine owes us; empty if nothing."""
+        if link.lifeless_s > self._allowed_lifeless_s():
+            return f"The engine process has stood still for {link.lifeless_s:.0f} s."
+        if link.silent_s > self._allowed_silence_s():
+            return f"The engine said nothing and read nothing for {link.silent_s:.0f} s."
+        return ""
+
+    def _allowed_lifeless_s(self) -> float:
+        is_loading = self._phase in (ServerState.STARTING, ServerState.LOADING)
+        return self._patience.loading_pulse_s if is_loading else self._patience.pulse_s
 
     def _allowed_silence_s(self) -> float:
         if self._phase is ServerState.STARTING:

@@ -1,7 +1,8 @@
 """A stand-in for the engine process whose tokens can be checked by hand.
 
 Speaks the same messages over the same socket, in its own process: token i+1 = (last + 1) % vocab.
-`python -m tests.fake_engine [--vocab N] [--step-s S] [...] ADDRESS MEMORY`. It imports no torch.
+`python -m tests.fake_engine [--vocab N] [--step-s S] [...] ADDRESS MEMORY PULSE`. It imports no
+torch.
 
 What tests read from its heartbeat: `running` as in the real engine, `blocks_used` = the
 number of Cancel messages read, `blocks_total` = the number of Submit messages read. Each engine
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import time
+from itertools import count, repeat
 from pathlib import Path
 
 import msgspec
@@ -36,6 +38,7 @@ from moe_server.messages import (
     TokenEvent,
     Vocabulary,
 )
+from moe_server.pulse import Pulse
 
 HEARTBEAT_MS = 50
 
@@ -100,6 +103,8 @@ class FakeEngine:
                 del self.running[request_id]
                 continue
             token = (token_ids[-1] + 1) % self.options.vocab
+            if token == self.options.slow_token:
+                time.sleep(self.options.slow_s)
             token_ids.append(token)
             finish = self.finish(submit, token_ids)
             events.append(self.event(submit, token, finish))
@@ -142,15 +147,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--vocab", type=int, default=100)
     parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--slow-token", type=int, default=-1)
+    parser.add_argument("--slow-s", type=float, default=0.0)
     parser.add_argument("--fatal", choices=["retry", "final"])
     parser.add_argument("--gate", default="")
     parser.add_argument("--refuse-token", type=int, default=-1)
     parser.add_argument("--crash-token", type=int, default=-1)
     parser.add_argument("--crash-once", default="", help="a file; no crash where it exists")
+    parser.add_argument("--pulse", dest="has_pulse", action="store_true")
+    parser.add_argument("--advancing", action="store_true", help="its pulse tells of work")
     parser.add_argument("address")
     parser.add_argument("memory", type=int, help="an inherited descriptor")
+    parser.add_argument("pulse", type=int, help="an inherited descriptor")
     options = parser.parse_args()
     os.write(options.memory, b"!")
+    if options.has_pulse:
+        work = count() if options.advancing else repeat(0)
+        Pulse(options.pulse).give(lambda: next(work))
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.connect(options.address)

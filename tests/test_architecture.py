@@ -44,6 +44,7 @@ FRONT_DOOR = (
     "open_requests",
     "packed",
     "progress",
+    "pulse",
     "safetensors_file",
     "state",
     "supervisor",

@@ -12,8 +12,6 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from moe_server.budget import plan_memory
-from moe_server.checkpoint import read_checkpoint
 from moe_server.config import Config
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Submit
@@ -251,13 +249,35 @@ async def test_drain_hides_readiness_until_undrain():
         assert supervisor.state is ServerState.READY
 
 
-def test_the_longest_step_allows_for_what_must_be_read():
+async def test_a_stopped_engine_is_noticed_by_its_pulse_whatever_a_step_may_take():
+    patience = replace(PATIENCE, idle_s=1000.0, busy_s=1000.0, pulse_s=1.0)
+    async with supervised("--pulse", patience=patience) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        with capture_logs() as logs:
+            os.kill(supervisor.engine_pid, signal.SIGSTOP)
+            await reach(supervisor, ServerState.STARTING)
+            await eventually(lambda: any(entry["event"] == "engine lost" for entry in logs))
+        [lost] = [entry for entry in logs if entry["event"] == "engine lost"]
+        assert "has stood still for 1 s" in lost["message"]
+        await reach(supervisor, ServerState.READY)
+
+
+@pytest.mark.parametrize("flags", [(), ("--advancing",)])
+async def test_a_step_may_take_as_long_as_it_likes_while_work_advances(flags):
+    patience = replace(PATIENCE, idle_s=0.4, busy_s=0.4, pulse_s=1000.0)
+    flags = ("--pulse", *flags, "--slow-token", "9", "--slow-s", "2.5")
+    async with supervised(*flags, patience=patience) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        if "--advancing" in flags:
+            assert await tokens(supervisor, [7], 3) == [8, 9, 10]
+            assert supervisor.num_restarts == 0
+        else:
+            with pytest.raises(MoeServerError, match="said nothing and read nothing"):
+                await tokens(supervisor, [7], 3)
+
+
+def test_the_longest_step_allows_for_what_must_be_computed():
     config = Config()
-    checkpoint = read_checkpoint(config.model_path)
-    resident = plan_memory(config, checkpoint)
-    at_rest = longest_step_s(config, resident, 0)
-    assert 10 < at_rest < 20
-    paged = replace(resident, num_slots=1, expert_bytes=10**9)
-    num_absent = paged.num_experts_total - 1
-    assert longest_step_s(config, paged, 0) == pytest.approx(at_rest + 5 * num_absent)
-    assert longest_step_s(config, resident, 10**9) > 100
+    at_rest = longest_step_s(config, 0)
+    assert 30 < at_rest < 40
+    assert longest_step_s(config, 10**9) > at_rest + 100

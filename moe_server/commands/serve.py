@@ -38,7 +38,7 @@ def serve(config: Config) -> None:
     model = ServedModel.of(config, checkpoint, plan, load_tokenizer(config.model_path))
     for what, amount in plan.table():
         log.info("plan", what=what.strip(), amount=amount)
-    patience = Patience(busy_s=longest_step_s(config, plan, model.num_active_parameters))
+    patience = Patience(busy_s=longest_step_s(config, model.num_active_parameters))
     is_cut_off = asyncio.run(_run(config, model, patience))
     if is_cut_off:
         raise KeyboardInterrupt
