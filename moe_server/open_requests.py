@@ -1,8 +1,8 @@
 """The requests between the front door and the engine: a bounded table of mailboxes.
 
 The supervisor's reader delivers into it and never waits; each RPC handler drains its own mailbox. A
-handler that lags finds its events coalesced, and a mailbox cannot hold more than the request's
-max_new_tokens. Knows neither gRPC nor the engine's socket.
+handler that lags, as its client does not read, finds its events coalesced; one that lags too far
+loses its request. Knows neither gRPC nor the engine's socket.
 """
 
 import asyncio
@@ -10,6 +10,11 @@ from collections.abc import AsyncIterator
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import RequestFailed, TokenEvent
+
+MAX_UNREAD = 50_000
+"""Tokens that a mailbox holds, each alternative with a log-probability counted as one more: 100 to
+400 bytes each, so that a stream whose client does not read takes 20 MB at most. Without
+alternatives, few completions are so long."""
 
 
 class OpenRequest:
@@ -20,6 +25,7 @@ class OpenRequest:
         self.submitted = False
         """The engine knows it and would have to be told of its end."""
         self._events: list[TokenEvent] = []
+        self._num_unread = 0
         self._error: MoeServerError | None = None
         self._finished = False
         self._arrived = asyncio.Event()
@@ -29,11 +35,29 @@ class OpenRequest:
         """Nothing more will be delivered."""
         return self._finished or self._error is not None
 
-    def deliver(self, event: TokenEvent) -> None:
-        """Called by the supervisor's reader; never blocks."""
+    def deliver(self, event: TokenEvent) -> bool:
+        """Called by the supervisor's reader; never blocks.
+
+        Returns:
+            False where it is one too many: the request failed, and the engine must be told.
+        """
+        if self._error is not None:
+            return True  # it was on its way when the request failed
+        self._num_unread += 1 + len(event.top_logprobs)
+        if self._num_unread > MAX_UNREAD:
+            self._events.clear()
+            self.fail(
+                MoeServerError(
+                    f"The client has left more than {MAX_UNREAD} tokens and alternatives unread.",
+                    "Read the stream as it comes, or ask for fewer tokens or alternatives.",
+                    reason=Reason.EXHAUSTED,
+                )
+            )
+            return False
         self._events.append(event)
         self._finished = event.finish is not None
         self._arrived.set()
+        return True
 
     def fail(self, error: MoeServerError) -> None:
         """Ends the iteration with `error`, after the events already delivered."""
@@ -43,7 +67,7 @@ class OpenRequest:
     async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
         while True:
             if self._events:
-                batch, self._events = self._events, []
+                batch, self._events, self._num_unread = self._events, [], 0
                 yield batch  # More can arrive meanwhile, the last event among them.
             elif self._error is not None:
                 raise self._error
@@ -91,10 +115,13 @@ class OpenRequests:
         if not self._requests:
             self._empty.set()
 
-    def deliver(self, event: TokenEvent) -> None:
-        """An unknown id is a request that was cancelled while its events were on their way."""
-        if request := self._requests.get(event.request_id):
-            request.deliver(event)
+    def deliver(self, event: TokenEvent) -> bool:
+        """As `OpenRequest.deliver`.
+
+        An unknown id is a request that was cancelled while its events were on their way.
+        """
+        request = self._requests.get(event.request_id)
+        return request is None or request.deliver(event)
 
     def fail(self, failure: RequestFailed) -> None:
         """Fails one request with the engine's reason."""

@@ -310,7 +310,8 @@ class Supervisor:
                 case StepDone():
                     self.load = message.load
                     for event in message.tokens:
-                        self._requests.deliver(event)
+                        if not self._requests.deliver(event):
+                            link.send(Cancel(event.request_id))
                     for failure in message.failed:
                         self._requests.fail(failure)
                 case Progress():

@@ -4,7 +4,7 @@ import pytest
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import FinishReason, RequestFailed, TokenEvent
-from moe_server.open_requests import OpenRequests
+from moe_server.open_requests import MAX_UNREAD, OpenRequests
 
 
 def token(request_id: int, token_id: int, *, last: bool = False) -> TokenEvent:
@@ -72,3 +72,21 @@ async def test_fail_all_spares_what_has_finished():
     with pytest.raises(MoeServerError, match="Lost") as caught:
         await anext(aiter(open_))
     assert caught.value.reason is Reason.UNAVAILABLE
+
+
+async def test_what_a_client_does_not_read_is_bounded():
+    """Alternatives count: they are most of what an event takes."""
+    requests = OpenRequests(1)
+    request = requests.open()
+    event = TokenEvent(request.request_id, 5, top_logprobs=[(1, -0.5)] * 4)
+    room = MAX_UNREAD // 5
+    assert all(requests.deliver(event) for _ in range(room))
+    batches = aiter(request)
+    assert len(await anext(batches)) == room
+    assert all(requests.deliver(event) for _ in range(room)), "what was read makes room"
+    assert not requests.deliver(event)
+    assert request.ended
+    assert requests.deliver(event), "the engine is told once"
+    with pytest.raises(MoeServerError, match="unread") as caught:
+        await anext(batches)
+    assert caught.value.reason is Reason.EXHAUSTED

@@ -290,6 +290,31 @@ async def test_a_stalled_reader_holds_up_nobody():
         stalled.cancel()
 
 
+async def test_a_reader_that_stalls_for_long_loses_its_request_and_nobody_else(monkeypatch):
+    monkeypatch.setattr("moe_server.open_requests.MAX_UNREAD", 20_000)
+    model = make_model(max_request_tokens=100_000)
+    async with front_door(model=model) as door:
+        cancels = door.num_cancels
+        stalled = door.generation.GenerateStream(
+            make([1], max_new_tokens=90_000, ignore_eos=True, top_logprobs=20)
+        )
+        await stalled.read()
+        reading = door.generation.GenerateStream(make([1], max_new_tokens=5000, ignore_eos=True))
+        assert len((await collect(reading))[2]) == 5000
+        # The engine forgets it, though its client still holds the stream.
+        await eventually(lambda: door.num_cancels == cancels + 1)
+        await eventually(lambda: door.server.supervisor.load.running == 0)
+
+        async def read_on() -> None:
+            while await stalled.read():
+                pass
+
+        with pytest.raises(grpc.aio.AioRpcError, match="unread") as caught:
+            await read_on()
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert door.server.supervisor.num_open_requests == 0
+
+
 async def test_many_streams_side_by_side(door):
     calls = [
         collect(door.generation.GenerateStream(make([n], max_new_tokens=10, ignore_eos=True)))
