@@ -6,7 +6,7 @@ PORT ?= 50051
 PROTOS := $(wildcard proto/moe_server/v1/*.proto)
 BUF := build/buf/node_modules/.bin/buf
 
-.PHONY: run test lint types proto proto-check bench-policy bench-paging bench-routing clean
+.PHONY: run test lint types proto proto-check bench-policy bench-paging bench-routing bench-engine clean
 
 # Installs, serves the embedded model, waits for its proof, streams a completion, stops.
 run: $(VENV)/.installed
@@ -30,6 +30,10 @@ bench-policy: $(VENV)/.installed-dev
 # ARGS do. Caps need root.
 bench-paging: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks.paging $(if $(QUICK),--quick) $(if $(FULL),--full) $(ARGS)
+
+# The engine process around the model: benchmarks/engine.py says how QUICK=1 and ARGS change it. Needs root.
+bench-engine: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick) $(ARGS)
 
 # What routing costs beyond the experts: benchmarks/routing.py says how QUICK=1 and ARGS change it. A
 # picture needs matplotlib (the extra `bench`).

@@ -53,6 +53,7 @@ class Model:
         return spec.data_bytes
 
 
+MIXTRAL_2 = SynthSpec(layers=2)
 MIXTRAL_4 = SynthSpec(layers=4)
 MIXTRAL_32 = SynthSpec(layers=32)
 SMALL = SynthSpec(layers=4, hidden=2048, intermediate=7168, heads=16, kv_heads=4, vocab=8000)
@@ -60,6 +61,7 @@ SMALL = SynthSpec(layers=4, hidden=2048, intermediate=7168, heads=16, kv_heads=4
 MODELS = {
     model.name: model
     for model in (
+        Model("bf16-2", MIXTRAL_2, "bf16"),
         Model("bf16-4", MIXTRAL_4, "bf16"),
         Model("bf16-4.gguf", MIXTRAL_4, "gguf-bf16", "bf16-4"),
         Model("q4_0-4.gguf", MIXTRAL_4, "gguf-q4_0", "bf16-4.gguf"),
