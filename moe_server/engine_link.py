@@ -118,6 +118,7 @@ class EngineLink:
 
     def kill(self) -> None:
         """Ends it at once; also works on a stopped process."""
+        self._is_connected = False
         if self._process.returncode is None:
             self._process.kill()
 
@@ -128,7 +129,9 @@ class EngineLink:
         else:
             self.kill()
         try:
-            await asyncio.wait_for(self._process.wait(), within_s)
+            # Not `wait_for`: in Python 3.11 it loses a cancellation that comes as the process ends.
+            async with asyncio.timeout(within_s):
+                await self._process.wait()
         except TimeoutError:
             log.warning("engine did not end in time; killing it", pid=self.pid)
         finally:

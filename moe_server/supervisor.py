@@ -192,7 +192,8 @@ class Supervisor:
         self._publish()
         if wait_s > 0:
             try:
-                await asyncio.wait_for(self._requests.wait_empty(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._requests.wait_empty()
             except TimeoutError:
                 log.info("requests remain after the wait", remaining=len(self._requests))
         return len(self._requests)

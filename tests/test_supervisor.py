@@ -13,6 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from moe_server.config import Config
+from moe_server.engine_link import EngineLink
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Submit
 from moe_server.patience import longest_step_s
@@ -125,6 +126,35 @@ async def test_a_crashed_or_hung_engine_is_replaced(how):
         assert supervisor.engine_pid != pid
         assert not psutil.pid_exists(pid)
         assert await tokens(supervisor, [1], 2) == [2, 3]
+
+
+@pytest.mark.parametrize("num_rounds", range(4))
+async def test_a_stop_as_the_engine_ends_is_not_lost(num_rounds):
+    """Else the supervisor would start another engine, and who stopped it would wait for ever."""
+
+    class Ending:
+        pid, returncode = 1, None
+
+        def __init__(self):
+            self.ended = asyncio.Event()
+
+        async def wait(self):
+            await self.ended.wait()
+            self.returncode = -9
+
+        def kill(self):
+            self.ended.set()
+
+    process = Ending()
+    link = EngineLink(process, None, None, None)
+    shutting_down = asyncio.create_task(link.shut_down(WAIT_S))
+    await asyncio.sleep(0)
+    process.kill()
+    for _ in range(num_rounds):  # of the event loop, between the end and the stop
+        await asyncio.sleep(0)
+    if shutting_down.cancel():  # else it had come to its end before
+        with pytest.raises(asyncio.CancelledError):
+            await shutting_down
 
 
 def memory_bytes(supervisor: Supervisor) -> int:
