@@ -309,12 +309,7 @@ class Supervisor:
                 return Loss(f"The engine sent something unreadable: {error}.", "", retry=True)
             match message:
                 case StepDone():
-                    self.load = message.load
-                    for event in message.tokens:
-                        if not self._requests.deliver(event):
-                            link.send(Cancel(event.request_id))
-                    for failure in message.failed:
-                        self._requests.fail(failure)
+                    self._take_step(link, message)
                 case Progress():
                     self._note_progress(message)
                 case Loaded():
@@ -329,6 +324,14 @@ class Supervisor:
                     return Loss(message.message, message.remedy, message.retry)
                 case _:
                     assert_never(message)
+
+    def _take_step(self, link: EngineLink, done: StepDone) -> None:
+        self.load = done.load
+        for event in done.tokens:
+            if not self._requests.deliver(event):
+                link.send(Cancel(event.request_id))
+        for failure in done.failed:
+            self._requests.fail(failure)
 
     def _note_progress(self, progress: Progress) -> None:
         if self._loaded.is_set():
