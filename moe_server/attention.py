@@ -30,6 +30,8 @@ class RequestSpan:
     num_new: int
     num_context: int
     """Its tokens once the new ones are stored: the last new one attends to all of them."""
+    num_prompt: int
+    """Those of its prompt."""
     block_table: torch.Tensor
     """int64 (blocks,)."""
 
@@ -81,10 +83,12 @@ def paged_attention(
         keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         first_new = span.num_context - span.num_new
         # Tiles begin at fixed positions of the request, not of the step: how a position is rounded
-        # does not depend on the chunk it came in.
+        # does not depend on the chunk it came in. A generated token is a tile of its own, also when
+        # it is computed again after a preemption, together with others.
         tile = first_new
         while tile < span.num_context:
-            next_tile = min((tile // QUERY_TILE_TOKENS + 1) * QUERY_TILE_TOKENS, span.num_context)
+            next_tile = (tile // QUERY_TILE_TOKENS + 1) * QUERY_TILE_TOKENS
+            next_tile = min(next_tile, max(tile + 1, span.num_prompt), span.num_context)
             rows = slice(span.start + tile - first_new, span.start + next_tile - first_new)
             output[rows] = _attend(query[:, :, rows], keys, values, tile, scaling, sliding_window)
             tile = next_tile

@@ -101,7 +101,7 @@ class Engine:
         """Runs one step and reports what it brought; an idle engine reports its load."""
         self._take_compiled()
         self._expire()
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(time.monotonic())
         tokens: list[TokenEvent] = []
         if step:
             started, before = time.monotonic(), self._spent()
@@ -168,8 +168,6 @@ class Engine:
         elapsed, after = time.monotonic() - started, self._spent()
         for scheduled in step:
             sequence, timings = scheduled.sequence, scheduled.sequence.timings
-            if sequence.num_computed == 0:
-                timings.queue_s = started - sequence.arrived
             if sequence.num_completion_tokens == 0:
                 timings.prefill_s += elapsed
             else:
@@ -228,6 +226,7 @@ class Engine:
         return StepInput(
             token_ids=sequence.token_ids[sequence.num_computed : end],
             num_context=end,
+            num_prompt=sequence.num_prompt_tokens,
             block_table=sequence.block_table,
             wants_logits=scheduled.completes_input,
             still_wanted=lambda: sequence.is_running,

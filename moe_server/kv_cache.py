@@ -1,37 +1,10 @@
 """Keys and values of running requests, in blocks of a fixed number of tokens.
 
-`BlockPool` hands out block numbers and is pure bookkeeping for the scheduler; `PagedKv` is the
-memory. A request's block table lists its blocks in order of position.
+The memory: `block_pool` says which blocks are whose. A request's block table lists its blocks in
+order of position.
 """
 
 import torch
-
-
-class BlockPool:
-    """Which KV blocks are free.
-
-    Args:
-        num_blocks: Blocks in all.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks))[::-1]
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> list[int]:
-        """Takes `count` blocks, which must be free."""
-        assert 0 < count <= self.num_free
-        taken = self._free[-count:]
-        del self._free[-count:]
-        return taken
-
-    def give_back(self, blocks: list[int]) -> None:
-        """Frees blocks taken before."""
-        self._free.extend(blocks)
 
 
 class PagedKv:
@@ -84,7 +57,7 @@ class PagedKv:
         Returns:
             Two tensors (num_tokens, num_kv_heads, head_dim).
         """
-        # The table has the blocks of the request's longest form; most are empty at first.
+        # A prompt's blocks are there from the start; what comes after this chunk is empty.
         filled = block_table[: -(-num_tokens // self._blocks.shape[3])]
         blocks = self._blocks[layer].index_select(1, filled).flatten(1, 2)
         return blocks[0, :num_tokens], blocks[1, :num_tokens]

@@ -157,6 +157,7 @@ class Model:
                     start=len(token_ids),
                     num_new=len(request.token_ids),
                     num_context=request.num_context,
+                    num_prompt=request.num_prompt,
                     block_table=self._tensor(request.block_table),
                 )
             )

@@ -2,16 +2,18 @@
 
 waiting -> running -> gone. Continuous batching: every running request that decodes gets its one
 token first, then prompts are prefilled in chunks with what is left of the step's token budget,
-first come first served. A request starts only when the KV blocks of its longest possible form are
-free, so a running request never runs out of them.
+first come first served. A request starts when the KV blocks of the tokens it has are free, and
+takes further ones as it grows. When there are none left, the last that came goes back to waiting;
+its tokens are computed again when it returns. The first that came never waits for blocks, so
+something always ends.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moe_server.block_pool import BlockPool
 from moe_server.budget import QUERY_TILE_TOKENS
-from moe_server.kv_cache import BlockPool
 from moe_server.sequence import Sequence
 
 
@@ -26,6 +28,14 @@ class Scheduled:
     def completes_input(self) -> bool:
         """True where a token is to be sampled after this step."""
         return self.num_tokens == self.sequence.num_uncomputed
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Since the start."""
+
+    preemptions: int = 0
+    """Requests that went back to waiting."""
 
 
 class Scheduler:
@@ -50,22 +60,29 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._block_tokens = block_tokens
         self.blocks = BlockPool(num_blocks)
-        self.waiting: deque[Sequence] = deque()
+        self.counters = SchedulerCounters()
+        self.waiting: list[Sequence] = []
+        """By rank; so are the running ones."""
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request; its longest form must fit the whole pool."""
-        assert self._blocks_for(sequence) <= self.blocks.num_blocks
-        self.waiting.append(sequence)
+        assert self._longest_blocks(sequence) <= self.blocks.num_blocks
+        insort(self.waiting, sequence, key=_rank)
 
-    def schedule(self) -> list[Scheduled]:
-        """The next step, empty when there is nothing to do."""
-        self._admit()
+    def schedule(self, now: float) -> list[Scheduled]:
+        """The next step, empty when there is nothing to do.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        self._grow(now)
+        self._admit(now)
         budget = self._max_batch_tokens
         step: list[Scheduled] = []
         # Decoding
         for sequence in self.running:
-            if sequence.num_uncomputed == 1:
+            if sequence.num_uncomputed == 1 and not self._lacks_block(sequence):
                 step.append(Scheduled(sequence, 1))
                 budget -= 1
         # Prefilling
@@ -82,16 +99,12 @@ class Scheduler:
 
     def remove(self, request_id: int) -> bool:
         """Forgets a request wherever it is and frees its blocks; False if it is not here."""
-        for sequence in self.running:
-            if sequence.request.request_id == request_id:
-                self.running.remove(sequence)
-                self.blocks.give_back(sequence.block_table)
-                sequence.block_table = []
-                return True
-        for sequence in self.waiting:
-            if sequence.request.request_id == request_id:
-                self.waiting.remove(sequence)
-                return True
+        for sequences in (self.running, self.waiting):
+            for sequence in sequences:
+                if sequence.request.request_id == request_id:
+                    sequences.remove(sequence)
+                    self._release(sequence)
+                    return True
         return False
 
     def expired(self, now: float) -> list[Sequence]:
@@ -105,26 +118,78 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; for tests and idle moments."""
         held = [block for sequence in self.running for block in sequence.block_table]
-        assert len(held) == len(set(held)), "a block is held twice"
-        assert len(held) + self.blocks.num_free == self.blocks.num_blocks, "blocks are lost"
-        assert not any(sequence.block_table for sequence in self.waiting)
+        self.blocks.check_integrity(held)
+        for sequence in self.waiting:
+            assert not sequence.block_table
+            assert sequence.num_computed == 0
+        for sequence in self.running:
+            assert self._blocks_for(sequence.num_computed) <= len(sequence.block_table), "no place"
+            assert len(sequence.block_table) <= self._longest_blocks(sequence)
         assert len(self.running) <= self._max_running
+        for sequences in (self.running, self.waiting):
+            assert sequences == sorted(sequences, key=_rank)
 
-    def _admit(self) -> None:
+    def _grow(self, now: float) -> None:
+        """Gives decoding requests the blocks of their next tokens, taken from the last ones.
+
+        The last one cannot take any: it keeps what it has, and misses steps until others end.
+        """
+        for sequence in list(self.running):
+            while sequence.is_running and self._lacks_block(sequence):
+                if self.blocks.num_free:
+                    sequence.block_table += self.blocks.take(1)
+                elif (last := self.running[-1]) is not sequence:
+                    self._preempt(last, now)
+                else:
+                    return
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        sequence.waiting_since = now
+        insort(self.waiting, sequence, key=_rank)
+        self.counters.preemptions += 1
+
+    def _admit(self, now: float) -> None:
         while self.waiting and len(self.running) < self._max_running:
-            needed = self._blocks_for(self.waiting[0])
-            if needed > self.blocks.num_free:
+            sequence = self.waiting[0]
+            needed = self._blocks_for(len(sequence.token_ids))
+            # Who starts only to be preempted at once has computed in vain.
+            growing = sum(
+                len(other.block_table) < self._longest_blocks(other) for other in self.running
+            )
+            if needed + growing > self.blocks.num_free:
                 return
-            sequence = self.waiting.popleft()
+            del self.waiting[0]
             sequence.block_table = self.blocks.take(needed)
-            self.running.append(sequence)
+            sequence.timings.queue_s += now - sequence.waiting_since
+            insort(self.running, sequence, key=_rank)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.give_back(sequence.block_table)
+        sequence.block_table = []
+
+    def _lacks_block(self, sequence: Sequence) -> bool:
+        """True where the next token has no place."""
+        return self._blocks_for(sequence.num_computed + 1) > len(sequence.block_table)
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How much of a prompt comes next: all that is left, or up to the last tile that fits."""
-        if sequence.num_uncomputed <= budget:
-            return sequence.num_uncomputed
-        return budget - (sequence.num_computed + budget) % self._tile
+        end = sequence.num_computed + min(budget, sequence.num_uncomputed)
+        # What was generated is computed one by one, also when it is computed again.
+        if end < sequence.num_prompt_tokens:
+            end -= end % self._tile
+        return end - sequence.num_computed
 
-    def _blocks_for(self, sequence: Sequence) -> int:
+    def _longest_blocks(self, sequence: Sequence) -> int:
         # The last token of the longest form is sampled but never run through the model.
-        return max(1, -(-(sequence.max_tokens - 1) // self._block_tokens))
+        return self._blocks_for(max(1, sequence.max_tokens - 1))
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_tokens)
+
+
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    """Lower goes first."""
+    return sequence.arrived, sequence.request.request_id

@@ -13,29 +13,35 @@ class Sequence:
     request: Submit
     arrived: float
     """`time.monotonic()` when the engine read it."""
+    waiting_since: float
+    """When it arrived, or was preempted last."""
     token_ids: list[int]
     """Prompt and completion."""
     num_computed: int = 0
-    """Tokens whose keys and values are stored. Written by `Scheduler.advance`."""
+    """Tokens whose keys and values are stored. Written by the scheduler."""
     block_table: list[int] = field(default_factory=list)
     """KV blocks in order of position. Written by the scheduler."""
     timings: Timings = field(default_factory=Timings)
-    """Written by the engine after each step."""
+    """Written by the engine after each step; the queue's by the scheduler."""
     matcher: Matcher | None = None
     """What the request's constraint allows next. Set by the engine before it is queued."""
 
     @classmethod
     def of(cls, request: Submit, now: float) -> "Sequence":
-        return cls(request, now, list(request.token_ids))
+        return cls(request, now, now, list(request.token_ids))
 
     @property
     def is_running(self) -> bool:
-        """True from its start until it has ended, in whatever way."""
+        """True from its start until it has ended, in whatever way, or was preempted."""
         return bool(self.block_table)
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
     def num_completion_tokens(self) -> int:
-        return len(self.token_ids) - len(self.request.token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed(self) -> int:
@@ -45,4 +51,4 @@ class Sequence:
     @property
     def max_tokens(self) -> int:
         """Tokens it can grow to."""
-        return len(self.request.token_ids) + self.request.max_new_tokens
+        return self.num_prompt_tokens + self.request.max_new_tokens

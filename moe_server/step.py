@@ -20,6 +20,8 @@ class StepInput:
     """Its new tokens, at least one."""
     num_context: int
     """Its tokens once these are stored."""
+    num_prompt: int
+    """Those of its prompt; the others were generated."""
     block_table: Sequence[int]
     """KV blocks in order of position, enough for `num_context`."""
     wants_logits: bool

@@ -13,6 +13,7 @@ FOLDERS = ("kernels", "offload", "warmup", "proto")
 """Folders at the top level that the package reaches by links."""
 ENGINE_SIDE = (
     "attention",
+    "block_pool",
     "dense",
     "embedding",
     "engine",

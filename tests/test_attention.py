@@ -61,7 +61,9 @@ class Setting:
         spans, positions, rows = [], [], []
         for request, count in parts:
             first, end = request.done, request.done + count
-            spans.append(RequestSpan(len(positions), count, end, torch.tensor(request.table)))
+            num_prompt = len(request.query) if request.num_prompt is None else request.num_prompt
+            table = torch.tensor(request.table)
+            spans.append(RequestSpan(len(positions), count, end, num_prompt, table))
             positions += [
                 request.table[position // self.block_tokens] * self.block_tokens
                 + position % self.block_tokens
@@ -114,6 +116,8 @@ class Request:
     value: torch.Tensor
     table: list[int]
     done: int = 0
+    num_prompt: int | None = None
+    """None: all."""
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -189,6 +193,22 @@ def test_a_request_s_result_does_not_depend_on_its_neighbours(dtype):
         setting.free += neighbours[0][0].table + neighbours[1][0].table
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_prompt", [1, 13, 16, 37])
+def test_generated_tokens_computed_again_together_give_the_same(dtype, num_prompt):
+    """Bit for bit, as after a preemption: the prompt in tiles, the rest one by one."""
+    setting = Setting(dtype=dtype, num_blocks=60, seed=num_prompt)
+    first = setting.request(70)
+    first.num_prompt = num_prompt
+    outputs = setting.step([(first, num_prompt)])
+    while first.done < 70:
+        outputs += setting.step([(first, 1)])
+    again = Request(first.query, first.key, first.value, setting.request(70).table)
+    again.num_prompt = num_prompt
+    repeated = setting.step([(again, 48)]) + setting.step([(again, 22)])
+    assert torch.equal(torch.cat(repeated), torch.cat(outputs))
+
+
 def test_other_layers_are_left_alone():
     setting = Setting()
     setting.step([(setting.request(9), 9)])
@@ -198,7 +218,7 @@ def test_other_layers_are_left_alone():
 
 
 def test_gathering_copies_only_the_blocks_of_the_context():
-    """A request owns the blocks of its longest form from the start; most hold nothing yet."""
+    """A request owns the blocks of its whole prompt from the start; most hold nothing yet."""
     setting = Setting(num_blocks=60)
     request = setting.request(6, spare_blocks=50)
     setting.step([(request, 6)])
