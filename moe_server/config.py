@@ -89,6 +89,9 @@ class SchedulerConfig(Section):
     """Requests accepted but not running; the next one is refused with RESOURCE_EXHAUSTED."""
     block_tokens: int = Field(16, ge=1)
     """Tokens in one KV cache block."""
+    reuse_prefixes: bool = True
+    """Keep KV blocks of prompts for others that begin the same way, until their memory is needed. A
+    client can tell by the time it takes whether somebody sent the same beginning lately."""
     default_max_new_tokens: int = Field(256, ge=1)
     """Used when a request does not set max_new_tokens."""
 

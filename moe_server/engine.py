@@ -76,6 +76,7 @@ class Engine:
             max_running=config.scheduler.max_running,
             num_blocks=plan.num_blocks,
             block_tokens=block_tokens,
+            reuse_prefixes=config.scheduler.reuse_prefixes,
         )
         self.compiler = Compiler()
         self._failed: list[RequestFailed] = []
@@ -157,6 +158,7 @@ class Engine:
                     logprob=choice.logprob,
                     top_logprobs=list(choice.top_logprobs),
                     finish=finish,
+                    cached_tokens=sequence.cached_tokens or 0,
                     # Always: a stop string may end the request at any token.
                     timings=sequence.timings,
                 )
@@ -244,11 +246,16 @@ class Engine:
 
     def _load(self) -> EngineLoad:
         blocks, counters = self.scheduler.blocks, self.cache.counters
+        scheduled = self.scheduler.counters
         return EngineLoad(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             blocks_used=blocks.num_blocks - blocks.num_free,
             blocks_total=blocks.num_blocks,
+            blocks_kept=blocks.num_kept,
+            preemptions=scheduled.preemptions,
+            prompt_tokens=scheduled.prompt_tokens,
+            cached_tokens=scheduled.cached_tokens,
             experts=ExpertCounters(
                 device_hits=counters.device_hits,
                 host_hits=counters.host_hits,

@@ -125,6 +125,8 @@ class TokenEvent(msgspec.Struct, frozen=True):
     top_logprobs: list[tuple[int, float]] = []
     """(token id, log-probability), most likely first."""
     finish: FinishReason | None = None
+    cached_tokens: int = 0
+    """Prompt tokens that an earlier request's computation stood for."""
     timings: Timings = msgspec.field(default_factory=Timings)
     """So far: the front door ends a request at a stop string, which the engine does not know."""
 
@@ -177,6 +179,12 @@ class EngineLoad(msgspec.Struct, frozen=True):
     waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+    blocks_kept: int = 0
+    """Blocks that are not in use, but hold the beginning of an earlier prompt."""
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Since the start, as in `SchedulerCounters`."""
     experts: ExpertCounters = msgspec.field(default_factory=ExpertCounters)
     offload: Offload = msgspec.field(default_factory=Offload)
 

@@ -5,7 +5,8 @@ token first, then prompts are prefilled in chunks with what is left of the step'
 first come first served. A request starts when the KV blocks of the tokens it has are free, and
 takes further ones as it grows. When there are none left, the last that came goes back to waiting;
 its tokens are computed again when it returns. The first that came never waits for blocks, so
-something always ends.
+something always ends. What a prompt has in common with an earlier one is not computed again as long
+as its blocks are there.
 """
 
 from bisect import insort
@@ -36,6 +37,10 @@ class SchedulerCounters:
 
     preemptions: int = 0
     """Requests that went back to waiting."""
+    prompt_tokens: int = 0
+    """Of all requests that have started."""
+    cached_tokens: int = 0
+    """Those of them that did not have to be computed."""
 
 
 class Scheduler:
@@ -46,10 +51,17 @@ class Scheduler:
         max_running: Requests running side by side.
         num_blocks: KV blocks.
         block_tokens: Tokens in a block.
+        reuse_prefixes: Keep the blocks of prompts for others that begin the same way.
     """
 
     def __init__(
-        self, *, max_batch_tokens: int, max_running: int, num_blocks: int, block_tokens: int
+        self,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        num_blocks: int,
+        block_tokens: int,
+        reuse_prefixes: bool,
     ) -> None:
         # Neighbours decide how much of a step is left for a prompt. Were they to decide where
         # attention's tiles begin, they would decide how it is rounded: prompts are cut between
@@ -59,7 +71,8 @@ class Scheduler:
         self._max_running = max(1, min(max_running, max_batch_tokens - self._tile))
         self._max_batch_tokens = max_batch_tokens
         self._block_tokens = block_tokens
-        self.blocks = BlockPool(num_blocks)
+        self._reuse_prefixes = reuse_prefixes
+        self.blocks = BlockPool(num_blocks, block_tokens)
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []
         """By rank; so are the running ones."""
@@ -68,6 +81,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queues a request; its longest form must fit the whole pool."""
         assert self._longest_blocks(sequence) <= self.blocks.num_blocks
+        if self._reuse_prefixes:
+            # What attention computes in a tile that is not whole, it rounds differently.
+            whole_tiles = sequence.num_prompt_tokens // self._tile * self._tile
+            sequence.block_keys = self.blocks.keys(sequence.token_ids[:whole_tiles])
         insort(self.waiting, sequence, key=_rank)
 
     def schedule(self, now: float) -> list[Scheduled]:
@@ -95,7 +112,14 @@ class Scheduler:
     def advance(self, step: Iterable[Scheduled]) -> None:
         """The step was run: its tokens are stored."""
         for scheduled in step:
-            scheduled.sequence.num_computed += scheduled.num_tokens
+            sequence = scheduled.sequence
+            before = sequence.num_computed // self._block_tokens
+            sequence.num_computed += scheduled.num_tokens
+            if sequence.is_running:  # else it left during the step, and what was stored is rubbish
+                written = slice(before, sequence.num_computed // self._block_tokens)
+                keys = sequence.block_keys[written]
+                for block, key in zip(sequence.block_table[written], keys, strict=False):
+                    self.blocks.publish(block, key)
 
     def remove(self, request_id: int) -> bool:
         """Forgets a request wherever it is and frees its blocks; False if it is not here."""
@@ -117,8 +141,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps; for tests and idle moments."""
-        held = [block for sequence in self.running for block in sequence.block_table]
-        self.blocks.check_integrity(held)
+        self.blocks.check_integrity([sequence.block_table for sequence in self.running])
         for sequence in self.waiting:
             assert not sequence.block_table
             assert sequence.num_computed == 0
@@ -152,19 +175,53 @@ class Scheduler:
         self.counters.preemptions += 1
 
     def _admit(self, now: float) -> None:
-        while self.waiting and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
-            needed = self._blocks_for(len(sequence.token_ids))
+        coming = self._coming() if self.waiting else set()
+        for sequence in list(self.waiting):
+            if len(self.running) == self._max_running:
+                return
+            shared, next_key = self._shared(sequence)
+            if next_key in coming:
+                continue  # Another request is computing it: a few steps later it is there.
+            needed = self._blocks_for(len(sequence.token_ids)) - len(shared)
             # Who starts only to be preempted at once has computed in vain.
             growing = sum(
                 len(other.block_table) < self._longest_blocks(other) for other in self.running
             )
-            if needed + growing > self.blocks.num_free:
+            if needed + growing + self.blocks.num_kept_of(shared) > self.blocks.num_free:
                 return
-            del self.waiting[0]
-            sequence.block_table = self.blocks.take(needed)
-            sequence.timings.queue_s += now - sequence.waiting_since
-            insort(self.running, sequence, key=_rank)
+            self.blocks.hold(shared)
+            sequence.block_table = shared + self.blocks.take(needed)
+            sequence.num_computed = len(shared) * self._block_tokens
+            self._start(sequence, now)
+            coming.update(sequence.block_keys[len(shared) :])
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        sequence.timings.queue_s += now - sequence.waiting_since
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.num_computed
+            self.counters.prompt_tokens += sequence.num_prompt_tokens
+            self.counters.cached_tokens += sequence.num_computed
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_rank)
+
+    def _coming(self) -> set[bytes]:
+        """The keys of the blocks that running requests are about to publish."""
+        return {
+            key
+            for sequence in self.running
+            for key in sequence.block_keys[sequence.num_computed // self._block_tokens :]
+        }
+
+    def _shared(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
+        """The published blocks that a waiting request can begin with, and the next one's key."""
+        # At least one token has to be computed: the next one is sampled from its logits.
+        keys = sequence.block_keys[: (len(sequence.token_ids) - 1) // self._block_tokens]
+        found = self.blocks.find(keys)
+        next_key = keys[len(found)] if len(found) < len(keys) else None
+        # Attention goes on where a tile would have begun.
+        while len(found) * self._block_tokens % self._tile:
+            found.pop()
+        return found, next_key
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.give_back(sequence.block_table)

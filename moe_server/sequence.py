@@ -21,6 +21,10 @@ class Sequence:
     """Tokens whose keys and values are stored. Written by the scheduler."""
     block_table: list[int] = field(default_factory=list)
     """KV blocks in order of position. Written by the scheduler."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Of the prompt's blocks that can be shared; see `BlockPool.keys`. Written by the scheduler."""
+    cached_tokens: int | None = None
+    """Prompt tokens that were there when it started; None before. Written by the scheduler."""
     timings: Timings = field(default_factory=Timings)
     """Written by the engine after each step; the queue's by the scheduler."""
     matcher: Matcher | None = None

@@ -113,7 +113,16 @@ class FakeEngine:
             if self.options.crash_token == token and not Path(self.options.crash_once).exists():
                 Path(self.options.crash_once).touch()
                 os._exit(7)
-        load = EngineLoad(len(self.running), 0, self.num_cancels, self.num_submits)
+        load = EngineLoad(
+            len(self.running),
+            0,
+            self.num_cancels,
+            self.num_submits,
+            blocks_kept=5,
+            preemptions=6,
+            prompt_tokens=7,
+            cached_tokens=8,
+        )
         self.send(StepDone(load, events, failed))
 
     def finish(self, submit: Submit, token_ids: list[int]) -> FinishReason | None:
@@ -133,6 +142,7 @@ class FakeEngine:
             logprob=None if n < 0 else -0.5,
             top_logprobs=[(token + i, -0.5 - i) for i in range(max(n, 0))],
             finish=finish,
+            cached_tokens=1,
             timings=Timings(queue_s=0.25, decode_s=1.5, read_bytes=7),
         )
 

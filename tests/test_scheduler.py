@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import pytest
 
 from moe_server.messages import Submit
-from moe_server.scheduler import Scheduler
+from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
 
 
 def make(request_id, prompt=4, new_tokens=2, deadline=None, arrived=0.0) -> Sequence:
     request = Submit(request_id, [1] * prompt, new_tokens, [], deadline=deadline)
     return Sequence.of(request, arrived)
+
+
+def make_scheduler(**sizes: int) -> Scheduler:
+    return Scheduler(**sizes, reuse_prefixes=False)
 
 
 @dataclass
@@ -134,7 +138,7 @@ def test_scheduler_equals_the_simulator(seed):
         "num_blocks": num_blocks,
         "block_tokens": block_tokens,
     }
-    scheduler, simulator = Scheduler(**sizes), Simulator(**sizes)
+    scheduler, simulator = Scheduler(**sizes, reuse_prefixes=False), Simulator(**sizes)
     to_come, arrivals, ended = choose.randint(5, 25), {}, []
     for now in range(6000):
         while to_come and choose.random() < 0.4:
@@ -188,7 +192,7 @@ def test_scheduler_equals_the_simulator(seed):
 
 
 def test_a_small_request_does_not_overtake_one_that_waits_for_blocks():
-    scheduler = Scheduler(max_batch_tokens=64, max_running=8, num_blocks=4, block_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=8, num_blocks=4, block_tokens=4)
     for request_id, prompt in enumerate([8, 12, 1]):
         scheduler.add(make(request_id, prompt, new_tokens=1))
     scheduler.schedule(now=0.0)
@@ -199,7 +203,7 @@ def test_a_small_request_does_not_overtake_one_that_waits_for_blocks():
 
 
 def test_decodes_go_on_while_a_long_prompt_is_prefilled():
-    scheduler = Scheduler(max_batch_tokens=5, max_running=8, num_blocks=100, block_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=5, max_running=8, num_blocks=100, block_tokens=4)
     for request_id in (0, 1):
         scheduler.add(make(request_id, 1, new_tokens=50))
     scheduler.add(make(2, 31, new_tokens=1))
@@ -214,7 +218,7 @@ def test_decodes_go_on_while_a_long_prompt_is_prefilled():
 
 
 def test_expired_finds_waiting_and_running_requests_whose_time_has_come():
-    scheduler = Scheduler(max_batch_tokens=64, max_running=2, num_blocks=100, block_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=2, num_blocks=100, block_tokens=4)
     for request_id, deadline in enumerate([10.0, None, 20.0, 10.0, None]):
         scheduler.add(make(request_id, deadline=deadline))
     scheduler.schedule(now=0.0)
@@ -229,7 +233,7 @@ def test_expired_finds_waiting_and_running_requests_whose_time_has_come():
 
 
 def test_a_request_larger_than_the_pool_is_a_programmer_error():
-    scheduler = Scheduler(max_batch_tokens=64, max_running=2, num_blocks=2, block_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=2, num_blocks=2, block_tokens=4)
     scheduler.add(make(0, 8, new_tokens=1))
     with pytest.raises(AssertionError):
         scheduler.add(make(1, 8, new_tokens=2))
@@ -250,7 +254,7 @@ def drive(scheduler: Scheduler, num_steps: int) -> list[dict[int, int]]:
 
 
 def test_the_first_takes_the_last_one_s_blocks_and_that_is_computed_again():
-    scheduler = Scheduler(max_batch_tokens=64, max_running=8, num_blocks=4, block_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=8, num_blocks=4, block_tokens=4)
     scheduler.add(make(0, 4, new_tokens=13))
     scheduler.add(make(1, 4, new_tokens=9))
     # Each starts with one block and keeps one in reserve; in the end the first needs all four.
@@ -264,7 +268,7 @@ def test_the_first_takes_the_last_one_s_blocks_and_that_is_computed_again():
 
 
 def test_the_last_one_waits_for_a_block_and_keeps_its_own():
-    scheduler = Scheduler(max_batch_tokens=64, max_running=8, num_blocks=3, block_tokens=4)
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=8, num_blocks=3, block_tokens=4)
     scheduler.add(make(0, 4, new_tokens=8))
     scheduler.add(make(1, 4, new_tokens=8))
     [first, *others] = drive(scheduler, 4)
@@ -273,3 +277,156 @@ def test_the_last_one_waits_for_a_block_and_keeps_its_own():
     assert len(scheduler.running) == 2
     scheduler.remove(0)
     assert drive(scheduler, 1) == [{1: 1}]
+
+
+# Prefixes
+
+
+class Memory:
+    """What is stored where: of each place, the tokens up to and including its own."""
+
+    def __init__(self, scheduler: Scheduler, num_blocks: int, block_tokens: int) -> None:
+        self.scheduler, self.block_tokens = scheduler, block_tokens
+        self.places: list[list[tuple[int, ...]]] = [[()] * block_tokens for _ in range(num_blocks)]
+
+    def run(self, step: list[Scheduled]) -> None:
+        """Every token finds all those before it, and nobody writes where another one reads."""
+        for one in step:
+            sequence, ids = one.sequence, one.sequence.token_ids
+            for position in range(sequence.num_computed + one.num_tokens):
+                block = sequence.block_table[position // self.block_tokens]
+                place, tokens = position % self.block_tokens, tuple(ids[: position + 1])
+                if position < sequence.num_computed:
+                    assert self.places[block][place] == tokens
+                else:
+                    others = [table for table in self.tables() if block in table]
+                    assert len(others) == 1, "written while shared"
+                    self.places[block][place] = tokens
+
+    def tables(self) -> list[list[int]]:
+        return [sequence.block_table for sequence in self.scheduler.running]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_shared_blocks_hold_what_their_requests_would_have_computed(seed):
+    choose = random.Random(seed)
+    block_tokens, num_blocks = choose.choice([1, 3, 16]), choose.randint(8, 40)
+    scheduler = Scheduler(
+        max_batch_tokens=choose.choice([1, 7, 33, 64]),
+        max_running=choose.choice([1, 3, 32]),
+        num_blocks=num_blocks,
+        block_tokens=block_tokens,
+        reuse_prefixes=True,
+    )
+    memory = Memory(scheduler, num_blocks, block_tokens)
+    longest = num_blocks * block_tokens
+    stems = [[choose.randrange(3) for _ in range(longest)] for _ in range(2)]
+    to_come, submitted, left = 25, 0, {}
+    while to_come or scheduler.waiting or scheduler.running:
+        while to_come and choose.random() < 0.3:
+            prompt = choose.choice(stems)[: choose.randint(1, longest - 1)]
+            if choose.random() < 0.3:
+                prompt = [*prompt[:-1], 3]
+            new_tokens = choose.randint(1, min(20, longest - len(prompt)))
+            request = Submit(submitted, prompt, new_tokens, [])
+            scheduler.add(Sequence.of(request, float(submitted)))
+            submitted += 1
+            to_come -= 1
+        step = scheduler.schedule(now=0.0)
+        scheduler.check_integrity()
+        memory.run(step)
+        # A request that leaves during the step has stored rubbish.
+        for one in step:
+            if choose.random() < 0.02:
+                for position in range(one.sequence.num_computed, len(one.sequence.token_ids)):
+                    block = one.sequence.block_table[position // block_tokens]
+                    memory.places[block][position % block_tokens] = (-1,)
+                assert scheduler.remove(one.sequence.request.request_id)
+                left[one.sequence.request.request_id] = one.sequence
+        completing = [one.sequence for one in step if one.completes_input]
+        scheduler.advance(step)
+        for sequence in completing:
+            sequence.token_ids.append(choose.randrange(3))
+            if len(sequence.token_ids) == sequence.max_tokens:
+                scheduler.remove(sequence.request.request_id)
+                left[sequence.request.request_id] = sequence
+        scheduler.check_integrity()
+    assert len(left) == 25
+    assert scheduler.blocks.num_free == num_blocks
+    assert scheduler.counters.cached_tokens == sum(one.cached_tokens or 0 for one in left.values())
+
+
+def reusing(**sizes: int) -> Scheduler:
+    defaults = {"max_batch_tokens": 64, "max_running": 8, "num_blocks": 100, "block_tokens": 16}
+    return Scheduler(**(defaults | sizes), reuse_prefixes=True)
+
+
+def finish(scheduler: Scheduler) -> None:
+    """Lets all requests end after their first token."""
+    while step := scheduler.schedule(now=0.0):
+        completing = [one.sequence for one in step if one.completes_input]
+        scheduler.advance(step)
+        for sequence in completing:
+            scheduler.remove(sequence.request.request_id)
+
+
+@pytest.mark.parametrize(
+    ("block_tokens", "prompt", "cached"),
+    [
+        (16, 64, 48),
+        (16, 65, 64),
+        (16, 70, 64),
+        (3, 100, 96),
+        (3, 95, 48),
+        (64, 129, 128),
+        (1, 33, 32),
+    ],
+)
+def test_a_prompt_seen_before_is_computed_from_its_last_whole_tile_on(block_tokens, prompt, cached):
+    scheduler = reusing(block_tokens=block_tokens, max_batch_tokens=512)
+    for request_id in (0, 1):
+        scheduler.add(make(request_id, prompt, new_tokens=1))
+        if not request_id:
+            finish(scheduler)
+    [one] = scheduler.schedule(now=0.0)
+    assert one.sequence.cached_tokens == cached
+    assert one.num_tokens == prompt - cached
+    assert (scheduler.counters.prompt_tokens, scheduler.counters.cached_tokens) == (
+        2 * prompt,
+        cached,
+    )
+
+
+def test_what_is_being_computed_is_waited_for_and_others_go_first():
+    scheduler = reusing()
+    scheduler.add(make(0, 128, new_tokens=9))
+    scheduler.add(make(1, 128, new_tokens=9))
+    scheduler.add(Sequence.of(Submit(2, [7] * 20, 9, []), 1.0))
+    assert drive(scheduler, 1) == [{0: 64}]
+    assert [sequence.request.request_id for sequence in scheduler.running] == [0, 2]
+    # Its last block is being computed; then all is there but the last tile.
+    assert drive(scheduler, 1) == [{0: 64}]
+    assert drive(scheduler, 1) == [{0: 1, 1: 16, 2: 20}]
+
+
+def test_what_a_request_stored_that_left_during_the_step_is_not_reused():
+    scheduler = reusing()
+    scheduler.add(make(0, 60))
+    step = scheduler.schedule(now=0.0)
+    scheduler.remove(0)
+    scheduler.advance(step)
+    assert scheduler.blocks.num_kept == 0
+
+
+def test_a_preempted_request_finds_its_prompt_again():
+    scheduler = reusing(num_blocks=6)
+    scheduler.add(make(0, 16, new_tokens=60))
+    scheduler.add(Sequence.of(Submit(1, [5] * 40, 30, []), 0.0))
+    drive(scheduler, 42)
+    [preempted] = scheduler.waiting
+    assert preempted.cached_tokens == 0
+    scheduler.remove(0)
+    [one] = scheduler.schedule(now=0.0)
+    assert one.sequence is preempted
+    assert one.sequence.num_computed == 32
+    assert preempted.cached_tokens == 0, "of its first start"

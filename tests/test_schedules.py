@@ -1,4 +1,4 @@
-"""A request's answer does not depend on its schedule: neighbours, chunks, preemption.
+"""A request's answer does not depend on its schedule: neighbours, chunks, prefixes, preemption.
 
 Seeded schedules: requests arrive between steps and some leave again, in an engine that is short of
 KV blocks, of room in a step and of places for experts. Every answer is held, bit for bit, to the
@@ -6,7 +6,7 @@ one that the same request gets alone where there is room for everything.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from moe_server.engine import Engine
 from moe_server.kernels import native
 from moe_server.messages import Sampling, Submit, TokenEvent
+from moe_server.step import StepInput
 from tests.driver import run, running_engine, token_ids
 from tests.tiny import Tiny, transformers_answers
 
@@ -35,11 +36,15 @@ def told(events: Sequence[TokenEvent]) -> Told:
 
 
 def requests_of(tiny: Tiny, choose: random.Random, count: int) -> list[Submit]:
-    """Half of them sampled; none longer than 120 tokens."""
+    """Half of them sampled, most of them begin alike; none longer than 120 tokens."""
+    stem = choose.choices(range(tiny.vocab), k=60)
     requests = []
     for number in range(count):
         length = choose.randint(1, 60)
         prompt = [choose.randrange(tiny.vocab) for _ in range(length)]
+        if choose.random() < 0.7:
+            common = length - choose.randint(0, min(length, 8))
+            prompt[:common] = stem[:common]
         new_tokens = choose.randint(1, 60)
         sampling = choose.choice(
             [Sampling(), Sampling(temperature=0.9, top_p=0.95, seed=choose.getrandbits(64))]
@@ -75,16 +80,17 @@ def test_answers_do_not_depend_on_the_schedule(seed: int, tmp_path: Path) -> Non
     choose = random.Random(seed)
     path = TINY.write(tmp_path)
     requests = requests_of(TINY, choose, count=24)
-    with running_engine(path) as engine:
+    with running_engine(path, **{"scheduler.reuse_prefixes": False}) as engine:
         alone = {one.request_id: told(run(engine, [one])[0]) for one in requests}
     flags = {
         **CRAMPED,
         "scheduler.max_batch_tokens": choose.choice([33, 64, 512]),
-        "scheduler.block_tokens": choose.choice([3, 16, 16]),
+        "scheduler.block_tokens": choose.choice([8, 16]),
     }
     with running_engine(path, **flags) as engine:
         answers = run_schedule(engine, requests, choose)
         assert engine.scheduler.counters.preemptions > 0
+        assert engine.scheduler.counters.cached_tokens > 0
     assert len(answers) == len(requests)
     for number, answer in answers.items():
         assert answer == alone[number][: len(answer)], number
@@ -103,3 +109,27 @@ def test_preempted_tokens_equal_transformers(tmp_path: Path) -> None:
         answers = [token_ids(events) for events in run(engine, requests)]
         assert engine.scheduler.counters.preemptions > 0
     assert answers == expected
+
+
+def test_a_prompt_that_was_there_before_is_not_computed_again(tmp_path: Path) -> None:
+    path = replace(TINY, dtype="float32").write(tmp_path)
+    prompt = [number % TINY.vocab for number in range(100)]
+    with running_engine(path) as engine:
+        [first] = run(engine, [Submit(0, prompt, 8, [])])
+        rows = count_rows(engine)
+        [second] = run(engine, [Submit(1, prompt, 8, [])])
+    assert token_ids(second) == token_ids(first)
+    assert [events[-1].cached_tokens for events in (first, second)] == [0, 96]
+    assert rows == [4] + [1] * 7
+
+
+def count_rows(engine: Engine) -> list[int]:
+    """Tokens of each step from now on."""
+    rows, forward = list[int](), engine.model.forward
+
+    def counting(batch: Sequence[StepInput], poll: Callable[[], None]) -> torch.Tensor:
+        rows.append(sum(len(part.token_ids) for part in batch))
+        return forward(batch, poll)
+
+    engine.model.forward = counting  # type: ignore[method-assign]
+    return rows

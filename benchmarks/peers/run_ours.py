@@ -30,6 +30,8 @@ def main() -> None:
         "dense_backend": "resident",
         "max_total_tokens": job["max_total_tokens"],
         "threads": job["threads"],
+        # Whatever is sent twice is to be computed twice.
+        "scheduler.reuse_prefixes": False,
     }
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(Path(job["model"]))

@@ -209,9 +209,10 @@ def _rows(completion: Completion) -> list[tuple[str, str]]:
     finished = completion.samples[0].finished
     usage, timings = finished.usage, finished.timings
     rate = completion.tokens_per_second
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
     return [
         ("finished", ", ".join(sample.finish_reason for sample in completion.samples)),
-        ("tokens", f"{usage.prompt_tokens} prompt + {completion.num_new_tokens} new"),
+        ("tokens", f"{usage.prompt_tokens} prompt{cached} + {completion.num_new_tokens} new"),
         ("time to first token", format_seconds(completion.ttft_s)),
         ("tokens/s after it", f"{rate:.2f}" if rate else "-"),
         ("queue", format_seconds(_seconds(timings.queue))),
@@ -244,6 +245,7 @@ def _as_json(completion: Completion) -> dict[str, Any]:
         "seed": completion.started.seed,
         **_sample_as_json(first),
         "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": usage.cached_tokens,
         "ttft_s": completion.ttft_s,
         "tokens_per_second": completion.tokens_per_second,
         "timings": {**seconds, **byte_counts},

@@ -254,7 +254,11 @@ class _Completion:
             if finish is not None:
                 # Other samples may go on: the engine is not to work for this one meanwhile.
                 place.leave()
-                usage = pb.Usage(prompt_tokens=prompt_tokens, completion_tokens=stream.num_tokens)
+                usage = pb.Usage(
+                    prompt_tokens=prompt_tokens,
+                    completion_tokens=stream.num_tokens,
+                    cached_tokens=events[-1].cached_tokens,
+                )
                 finished = pb.Finished(
                     reason=FINISH_REASONS[finish],
                     usage=usage,

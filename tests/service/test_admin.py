@@ -34,6 +34,8 @@ async def test_status_tells_state_memory_load_and_probes():
         assert status.memory.embedding_on_disk_bytes == 54_321
         assert [probe.completion_tokens for probe in status.startup.probes] == [2, 2]
         assert all(probe.ttft.ToNanoseconds() > 0 for probe in status.startup.probes)
+        assert (status.load.kv_blocks_kept, status.load.preemptions) == (5, 6)
+        assert (status.load.prompt_tokens, status.load.cached_tokens) == (7, 8)
         again = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
         assert again.startup.elapsed == status.startup.elapsed
         assert again.uptime.ToNanoseconds() > status.uptime.ToNanoseconds()

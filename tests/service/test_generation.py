@@ -65,6 +65,7 @@ async def test_a_stream_is_started_then_deltas_then_finished(door):
     assert (text, token_ids) == ("cdef", [2, 3, 4, 5])
     assert finished.reason == pb.FINISH_REASON_LENGTH
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (2, 4)
+    assert finished.usage.cached_tokens == 1
     assert finished.timings.queue.ToMilliseconds() == 250
     assert finished.timings.decode.ToMilliseconds() == 1500
     assert finished.timings.expert_read_bytes == 7
