@@ -92,6 +92,9 @@ class SchedulerConfig(Section):
     reuse_prefixes: bool = True
     """Keep KV blocks of prompts for others that begin the same way, until their memory is needed. A
     client can tell by the time it takes whether somebody sent the same beginning lately."""
+    priority_s: float = Field(10.0, ge=0, allow_inf_nan=False)
+    """Seconds of waiting that one level of a request's priority is worth: nobody is passed by those
+    that come later by more than this for each level of difference. 0: priorities count nothing."""
     default_max_new_tokens: int = Field(256, ge=1)
     """Used when a request does not set max_new_tokens."""
 

@@ -77,6 +77,7 @@ class Engine:
             num_blocks=plan.num_blocks,
             block_tokens=block_tokens,
             reuse_prefixes=config.scheduler.reuse_prefixes,
+            priority_s=config.scheduler.priority_s,
         )
         self.compiler = Compiler()
         self._failed: list[RequestFailed] = []

@@ -91,6 +91,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     constraint: Constraint | None = None
     deadline: float | None = None
     """`time.monotonic()` after which nobody waits for the answer."""
+    priority: int = 0
+    """Higher goes first; see `scheduler.priority_s`."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

@@ -2,11 +2,12 @@
 
 waiting -> running -> gone. Continuous batching: every running request that decodes gets its one
 token first, then prompts are prefilled in chunks with what is left of the step's token budget,
-first come first served. A request starts when the KV blocks of the tokens it has are free, and
-takes further ones as it grows. When there are none left, the last that came goes back to waiting;
-its tokens are computed again when it returns. The first that came never waits for blocks, so
-something always ends. What a prompt has in common with an earlier one is not computed again as long
-as its blocks are there.
+first come first served; a level of priority counts like an earlier arrival.
+
+A request starts when the KV blocks of the tokens it has are free, and takes further ones as it
+grows. When there are none left, the last that came goes back to waiting; its tokens are computed
+again when it returns. The first that came never waits for blocks, so something always ends. What a
+prompt has in common with an earlier one is not computed again as long as its blocks are there.
 """
 
 from bisect import insort
@@ -52,6 +53,7 @@ class Scheduler:
         num_blocks: KV blocks.
         block_tokens: Tokens in a block.
         reuse_prefixes: Keep the blocks of prompts for others that begin the same way.
+        priority_s: Seconds by which a level of priority lets a request come before others.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Scheduler:
         num_blocks: int,
         block_tokens: int,
         reuse_prefixes: bool,
+        priority_s: float,
     ) -> None:
         # Neighbours decide how much of a step is left for a prompt. Were they to decide where
         # attention's tiles begin, they would decide how it is rounded: prompts are cut between
@@ -72,6 +75,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._block_tokens = block_tokens
         self._reuse_prefixes = reuse_prefixes
+        self._priority_s = priority_s
         self.blocks = BlockPool(num_blocks, block_tokens)
         self.counters = SchedulerCounters()
         self.waiting: list[Sequence] = []
@@ -85,7 +89,7 @@ class Scheduler:
             # What attention computes in a tile that is not whole, it rounds differently.
             whole_tiles = sequence.num_prompt_tokens // self._tile * self._tile
             sequence.block_keys = self.blocks.keys(sequence.token_ids[:whole_tiles])
-        insort(self.waiting, sequence, key=_rank)
+        insort(self.waiting, sequence, key=self._rank)
 
     def schedule(self, now: float) -> list[Scheduled]:
         """The next step, empty when there is nothing to do.
@@ -150,7 +154,7 @@ class Scheduler:
             assert len(sequence.block_table) <= self._longest_blocks(sequence)
         assert len(self.running) <= self._max_running
         for sequences in (self.running, self.waiting):
-            assert sequences == sorted(sequences, key=_rank)
+            assert sequences == sorted(sequences, key=self._rank)
 
     def _grow(self, now: float) -> None:
         """Gives decoding requests the blocks of their next tokens, taken from the last ones.
@@ -171,7 +175,7 @@ class Scheduler:
         self._release(sequence)
         sequence.num_computed = 0
         sequence.waiting_since = now
-        insort(self.waiting, sequence, key=_rank)
+        insort(self.waiting, sequence, key=self._rank)
         self.counters.preemptions += 1
 
     def _admit(self, now: float) -> None:
@@ -202,7 +206,7 @@ class Scheduler:
             self.counters.prompt_tokens += sequence.num_prompt_tokens
             self.counters.cached_tokens += sequence.num_computed
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_rank)
+        insort(self.running, sequence, key=self._rank)
 
     def _coming(self) -> set[bytes]:
         """The keys of the blocks that running requests are about to publish."""
@@ -246,7 +250,11 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
 
+    def _rank(self, sequence: Sequence) -> tuple[float, int]:
+        """Lower goes first.
 
-def _rank(sequence: Sequence) -> tuple[float, int]:
-    """Lower goes first."""
-    return sequence.arrived, sequence.request.request_id
+        All ranks rise alike while requests wait, so nothing has to be sorted again; and whoever
+        waits is passed by those only that come within a bounded time.
+        """
+        request = sequence.request
+        return sequence.arrived - request.priority * self._priority_s, request.request_id

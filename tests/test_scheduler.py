@@ -9,14 +9,20 @@ from moe_server.messages import Submit
 from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
 
+PRIORITY_S = 10.0
 
-def make(request_id, prompt=4, new_tokens=2, deadline=None, arrived=0.0) -> Sequence:
-    request = Submit(request_id, [1] * prompt, new_tokens, [], deadline=deadline)
+
+def make(
+    request_id, prompt=4, new_tokens=2, deadline=None, arrived=0.0, priority=0, token=1
+) -> Sequence:
+    request = Submit(
+        request_id, [token] * prompt, new_tokens, [], deadline=deadline, priority=priority
+    )
     return Sequence.of(request, arrived)
 
 
 def make_scheduler(**sizes: int) -> Scheduler:
-    return Scheduler(**sizes, reuse_prefixes=False)
+    return Scheduler(**sizes, reuse_prefixes=False, priority_s=PRIORITY_S)
 
 
 @dataclass
@@ -26,6 +32,8 @@ class SimulatedRequest:
     request_id: int
     prompt: int
     new_tokens: int
+    arrived: int
+    priority: int
     done: int = 0
     """Tokens run through the model."""
     generated: int = 0
@@ -42,7 +50,7 @@ class SimulatedRequest:
 
 
 class Simulator:
-    """Blocks are counted, not named; requests are kept in the order in which they came."""
+    """Blocks are counted, not named; who goes first is looked up anew each time."""
 
     def __init__(self, max_batch_tokens, max_running, num_blocks, block_tokens):
         self.max_batch_tokens, self.block_tokens = max_batch_tokens, block_tokens
@@ -60,8 +68,13 @@ class Simulator:
         return blocks
 
     def sort(self) -> None:
-        self.waiting.sort(key=lambda request: request.request_id)
-        self.running.sort(key=lambda request: request.request_id)
+        """By what priority and waiting come to: the same at any time."""
+        later = max([0, *(one.arrived for one in (*self.waiting, *self.running))])
+        for requests in (self.waiting, self.running):
+            requests.sort(key=lambda one: one.request_id)
+            requests.sort(
+                key=lambda one: one.priority + (later - one.arrived) / PRIORITY_S, reverse=True
+            )
 
     def grow(self) -> None:
         """From the first to the last: who has no block for a token takes the last one's."""
@@ -138,8 +151,9 @@ def test_scheduler_equals_the_simulator(seed):
         "num_blocks": num_blocks,
         "block_tokens": block_tokens,
     }
-    scheduler, simulator = Scheduler(**sizes, reuse_prefixes=False), Simulator(**sizes)
+    scheduler, simulator = make_scheduler(**sizes), Simulator(**sizes)
     to_come, arrivals, ended = choose.randint(5, 25), {}, []
+    highest = choose.choice([0, 3])
     for now in range(6000):
         while to_come and choose.random() < 0.4:
             longest = num_blocks * block_tokens + 1
@@ -147,8 +161,10 @@ def test_scheduler_equals_the_simulator(seed):
             tokens = choose.choice([longest, choose.randint(2, longest)])
             new_tokens = choose.randint(1, tokens - 1)
             request_id = len(arrivals)
-            arrivals[request_id] = SimulatedRequest(request_id, tokens - new_tokens, new_tokens)
-            scheduler.add(make(request_id, tokens - new_tokens, new_tokens, arrived=float(now)))
+            priority = choose.randint(-highest, highest)
+            facts = (request_id, tokens - new_tokens, new_tokens)
+            arrivals[request_id] = SimulatedRequest(*facts, now, priority)
+            scheduler.add(make(*facts, arrived=float(now), priority=priority))
             simulator.waiting.append(arrivals[request_id])
             to_come -= 1
         expected = simulator.plan()
@@ -200,6 +216,46 @@ def test_a_small_request_does_not_overtake_one_that_waits_for_blocks():
     scheduler.remove(1)
     scheduler.schedule(now=0.0)
     assert [sequence.request.request_id for sequence in scheduler.running] == [0, 2]
+
+
+def order(scheduler: Scheduler) -> list[int]:
+    return [sequence.request.request_id for sequence in scheduler.waiting]
+
+
+def test_a_level_of_priority_counts_like_seconds_of_waiting():
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=1, num_blocks=9, block_tokens=4)
+    arrivals = [(0.0, 0), (5.0, 1), (11.0, 1), (12.0, -1), (20.5, 2), (21.5, 0), (99.0, 10)]
+    for request_id, (arrived, priority) in enumerate(arrivals):
+        scheduler.add(make(request_id, arrived=arrived, priority=priority))
+    assert order(scheduler) == [1, 6, 0, 4, 2, 5, 3]
+
+
+def test_nobody_starves_behind_a_stream_of_the_highest_priority():
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=1, num_blocks=9, block_tokens=4)
+    scheduler.add(make(0, new_tokens=1, priority=-10))
+    now, started = 0.0, None
+    for request_id in range(1, 1000):
+        scheduler.add(make(request_id, new_tokens=1, arrived=now, priority=10))
+        [one] = scheduler.schedule(now)
+        now += 1.0
+        if one.sequence.request.request_id == 0:
+            started = now
+            break
+        scheduler.advance([one])
+        scheduler.remove(one.sequence.request.request_id)
+    assert started == pytest.approx(20 * PRIORITY_S, abs=2)
+
+
+def test_the_highest_priority_s_prompt_goes_first_and_the_lowest_gives_its_blocks():
+    scheduler = make_scheduler(max_batch_tokens=32, max_running=8, num_blocks=16, block_tokens=4)
+    for request_id, priority in enumerate([-1, 0, 1]):
+        scheduler.add(make(request_id, 16, new_tokens=40, priority=priority))
+    first = scheduler.schedule(now=0.0)
+    assert [one.sequence.request.request_id for one in first] == [2, 1]
+    scheduler.remove(1)
+    drive(scheduler, 30)
+    assert order(scheduler) == [0]
+    assert scheduler.counters.preemptions == 1
 
 
 def test_decodes_go_on_while_a_long_prompt_is_prefilled():
@@ -317,6 +373,7 @@ def test_shared_blocks_hold_what_their_requests_would_have_computed(seed):
         num_blocks=num_blocks,
         block_tokens=block_tokens,
         reuse_prefixes=True,
+        priority_s=PRIORITY_S,
     )
     memory = Memory(scheduler, num_blocks, block_tokens)
     longest = num_blocks * block_tokens
@@ -358,7 +415,7 @@ def test_shared_blocks_hold_what_their_requests_would_have_computed(seed):
 
 def reusing(**sizes: int) -> Scheduler:
     defaults = {"max_batch_tokens": 64, "max_running": 8, "num_blocks": 100, "block_tokens": 16}
-    return Scheduler(**(defaults | sizes), reuse_prefixes=True)
+    return Scheduler(**(defaults | sizes), reuse_prefixes=True, priority_s=PRIORITY_S)
 
 
 def finish(scheduler: Scheduler) -> None:
@@ -401,7 +458,7 @@ def test_what_is_being_computed_is_waited_for_and_others_go_first():
     scheduler = reusing()
     scheduler.add(make(0, 128, new_tokens=9))
     scheduler.add(make(1, 128, new_tokens=9))
-    scheduler.add(Sequence.of(Submit(2, [7] * 20, 9, []), 1.0))
+    scheduler.add(make(2, 20, new_tokens=9, arrived=1.0, token=7))
     assert drive(scheduler, 1) == [{0: 64}]
     assert [sequence.request.request_id for sequence in scheduler.running] == [0, 2]
     # Its last block is being computed; then all is there but the last tile.
@@ -421,7 +478,7 @@ def test_what_a_request_stored_that_left_during_the_step_is_not_reused():
 def test_a_preempted_request_finds_its_prompt_again():
     scheduler = reusing(num_blocks=6)
     scheduler.add(make(0, 16, new_tokens=60))
-    scheduler.add(Sequence.of(Submit(1, [5] * 40, 30, []), 0.0))
+    scheduler.add(make(1, 40, new_tokens=30, token=5))
     drive(scheduler, 42)
     [preempted] = scheduler.waiting
     assert preempted.cached_tokens == 0

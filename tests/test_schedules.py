@@ -1,4 +1,4 @@
-"""A request's answer does not depend on its schedule: neighbours, chunks, prefixes, preemption.
+"""A request's answer does not depend on its schedule: neighbours, chunks, prefixes, priority.
 
 Seeded schedules: requests arrive between steps and some leave again, in an engine that is short of
 KV blocks, of room in a step and of places for experts. Every answer is held, bit for bit, to the
@@ -49,7 +49,10 @@ def requests_of(tiny: Tiny, choose: random.Random, count: int) -> list[Submit]:
         sampling = choose.choice(
             [Sampling(), Sampling(temperature=0.9, top_p=0.95, seed=choose.getrandbits(64))]
         )
-        requests.append(Submit(number, prompt, new_tokens, [], sampling, logprobs=0))
+        priority = choose.randint(-10, 10)
+        requests.append(
+            Submit(number, prompt, new_tokens, [], sampling, logprobs=0, priority=priority)
+        )
     return requests
 
 

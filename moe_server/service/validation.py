@@ -32,6 +32,8 @@ MAX_CONSTRAINT_CHARS = 64 * 1024
 MAX_CHOICES = 1000
 MAX_COUNT_PENALTY = 2.0
 """As OpenAI and vLLM have it."""
+MAX_PRIORITY = 10
+"""And the lowest is its negative: a bound of what waiting can make up for."""
 GREEDY_BELOW_TEMPERATURE = 1e-5
 """Dividing logits by less overflows float32; the limit of what it would mean is greedy."""
 MAX_UTF8_BYTES = 4
@@ -54,6 +56,7 @@ class Options:
     num_samples: int
     constraint: Constraint | None
     """Checked for its size only: whether it compiles is found out elsewhere."""
+    priority: int
 
 
 def check_model(name: str, model: ServedModel) -> None:
@@ -67,7 +70,7 @@ def check_model(name: str, model: ServedModel) -> None:
 
 
 def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
-    """Checks sampling, stopping, output and the constraint.
+    """Checks sampling, stopping, output, the constraint and priority.
 
     Raises:
         MoeServerError: INVALID; UNSUPPORTED for stop sequences or a constraint without a tokenizer.
@@ -82,6 +85,7 @@ def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
         logprobs=_logprobs(request.output, model),
         num_samples=_num_samples(request.sampling.num_samples, sampling),
         constraint=_constraint(request, model),
+        priority=_priority(request.priority),
     )
 
 
@@ -166,6 +170,7 @@ def build_submit(
         stop_token_ids=list(options.stop_token_ids),
         constraint=options.constraint,
         deadline=deadline,
+        priority=options.priority,
     )
 
 
@@ -297,3 +302,11 @@ def _logprobs(output: generation_pb2.Output, model: ServedModel) -> int:
     if output.top_logprobs:
         return min(output.top_logprobs, model.vocab_size)
     return 0 if output.logprobs else -1
+
+
+def _priority(priority: int) -> int:
+    if abs(priority) > MAX_PRIORITY:
+        raise MoeServerError(
+            f"priority is {priority}; expected {-MAX_PRIORITY} to {MAX_PRIORITY}.", field="priority"
+        )
+    return priority

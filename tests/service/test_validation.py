@@ -9,7 +9,7 @@ from google.rpc.error_details_pb2 import BadRequest, PreconditionFailure, Resour
 
 from moe_server.messages import Sampling
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
-from moe_server.service.validation import check_options
+from moe_server.service.validation import build_submit, check_options
 from tests.front_door import VOCAB, failure, front_door, make_model
 from tests.front_door import request as make
 
@@ -69,6 +69,8 @@ NAN, INF = math.nan, math.inf
         ([1], {"stop_sequences": ["a", ""]}, "stopping.stop_sequences[1]"),
         ([1], {"stop_sequences": ["a" * 257]}, "stopping.stop_sequences[0]"),
         ([1], {"stop_sequences": ["a"] * 17}, "stopping.stop_sequences"),
+        ([1], {"priority": 11}, "priority"),
+        ([1], {"priority": -11}, "priority"),
         (None, {}, "prompt"),
         ([], {}, "token_ids.ids"),
         ("", {}, "text"),
@@ -144,6 +146,7 @@ async def test_limits_themselves_are_accepted(door):
         top_logprobs=20,
         stop_sequences=["x" * 256] * 16,
         max_new_tokens=2**32 - 1,
+        priority=-10,
     )
     events = [event async for event in door.generation.GenerateStream(at_the_limits)]
     assert events[0].started.seed == 2**64 - 1
@@ -159,3 +162,5 @@ async def test_absent_sampling_is_greedy_and_values_are_resolved():
     assert (options.sampling.temperature, options.sampling.top_k) == (0.0, VOCAB)
     assert options.logprobs == 3
     assert check_options(make([1], logprobs=True), model).logprobs == 0
+    urgent = check_options(make([1], priority=10), model)
+    assert build_submit(1, [1], urgent, model, deadline=None).priority == 10

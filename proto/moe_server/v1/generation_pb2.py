@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/moe_server/proto/moe_server/v1/generation.proto\x12\rmoe_server.v1\x1a\x1egoogle/protobuf/duration.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe1\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x13\n\x0bnum_samples\x18\t \x01(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"f\n\x08Stopping\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0estop_sequences\x18\x02 \x03(\t\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\"\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t\"0\n\x06Output\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"\xd9\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.moe_server.v1.TokenIdsH\x00\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.moe_server.v1.Sampling\x12)\n\x08stopping\x18\x06 \x01(\x0b\x32\x17.moe_server.v1.Stopping\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.moe_server.v1.Output\x12\x15\n\x0bjson_schema\x18\x08 \x01(\tH\x01\x12\x0f\n\x05regex\x18\t \x01(\tH\x01\x12\x11\n\x07grammar\x18\n \x01(\tH\x01\x12)\n\x07\x63hoices\x18\x0b \x01(\x0b\x32\x16.moe_server.v1.ChoicesH\x01\x42\x08\n\x06promptB\x0c\n\nconstraint\"\xdf\x02\n\x15GenerateStreamRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.moe_server.v1.TokenIdsH\x00\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.moe_server.v1.Sampling\x12)\n\x08stopping\x18\x06 \x01(\x0b\x32\x17.moe_server.v1.Stopping\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.moe_server.v1.Output\x12\x15\n\x0bjson_schema\x18\x08 \x01(\tH\x01\x12\x0f\n\x05regex\x18\t \x01(\tH\x01\x12\x11\n\x07grammar\x18\n \x01(\tH\x01\x12)\n\x07\x63hoices\x18\x0b \x01(\x0b\x32\x16.moe_server.v1.ChoicesH\x01\x42\x08\n\x06promptB\x0c\n\nconstraint\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"V\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12(\n\x03top\x18\x03 \x03(\x0b\x32\x1b.moe_server.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xd3\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06router\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65xpert_transfer\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x65xpert_read\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x65xpert_transfer_bytes\x18\x07 \x01(\x04\x12\x19\n\x11\x65xpert_read_bytes\x18\x08 \x01(\x04\"Q\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"a\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.moe_server.v1.Logprob\x12\r\n\x05index\x18\x04 \x01(\r\"\x94\x01\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.moe_server.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.moe_server.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.moe_server.v1.Timings\x12\r\n\x05index\x18\x04 \x01(\r\"~\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.moe_server.v1.Logprob\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x17.moe_server.v1.Finished\"\xe9\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12(\n\x08logprobs\x18\x05 \x03(\x0b\x32\x16.moe_server.v1.Logprob\x12)\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x17.moe_server.v1.Finished\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12.\n\x0f\x66urther_samples\x18\x08 \x03(\x0b\x32\x15.moe_server.v1.Sample\"\xa0\x01\n\x16GenerateStreamResponse\x12)\n\x07started\x18\x01 \x01(\x0b\x32\x16.moe_server.v1.StartedH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.moe_server.v1.DeltaH\x00\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x17.moe_server.v1.FinishedH\x00\x42\x07\n\x05\x65vent*\xa9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x46INISH_REASON_END_OF_SEQUENCE\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x04\x32\xc1\x01\n\x11GenerationService\x12K\n\x08Generate\x12\x1e.moe_server.v1.GenerateRequest\x1a\x1f.moe_server.v1.GenerateResponse\x12_\n\x0eGenerateStream\x12$.moe_server.v1.GenerateStreamRequest\x1a%.moe_server.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n/moe_server/proto/moe_server/v1/generation.proto\x12\rmoe_server.v1\x1a\x1egoogle/protobuf/duration.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe1\x02\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x13\n\x0bnum_samples\x18\t \x01(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penalty\"f\n\x08Stopping\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0estop_sequences\x18\x02 \x03(\t\x12\x12\n\nignore_eos\x18\x03 \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\"\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t\"0\n\x06Output\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"\xeb\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.moe_server.v1.TokenIdsH\x00\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.moe_server.v1.Sampling\x12)\n\x08stopping\x18\x06 \x01(\x0b\x32\x17.moe_server.v1.Stopping\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.moe_server.v1.Output\x12\x15\n\x0bjson_schema\x18\x08 \x01(\tH\x01\x12\x0f\n\x05regex\x18\t \x01(\tH\x01\x12\x11\n\x07grammar\x18\n \x01(\tH\x01\x12)\n\x07\x63hoices\x18\x0b \x01(\x0b\x32\x16.moe_server.v1.ChoicesH\x01\x12\x10\n\x08priority\x18\x0c \x01(\x05\x42\x08\n\x06promptB\x0c\n\nconstraint\"\xf1\x02\n\x15GenerateStreamRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x17.moe_server.v1.TokenIdsH\x00\x12)\n\x08sampling\x18\x05 \x01(\x0b\x32\x17.moe_server.v1.Sampling\x12)\n\x08stopping\x18\x06 \x01(\x0b\x32\x17.moe_server.v1.Stopping\x12%\n\x06output\x18\x07 \x01(\x0b\x32\x15.moe_server.v1.Output\x12\x15\n\x0bjson_schema\x18\x08 \x01(\tH\x01\x12\x0f\n\x05regex\x18\t \x01(\tH\x01\x12\x11\n\x07grammar\x18\n \x01(\tH\x01\x12)\n\x07\x63hoices\x18\x0b \x01(\x0b\x32\x16.moe_server.v1.ChoicesH\x01\x12\x10\n\x08priority\x18\x0c \x01(\x05\x42\x08\n\x06promptB\x0c\n\nconstraint\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"V\n\x07Logprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12(\n\x03top\x18\x03 \x03(\x0b\x32\x1b.moe_server.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xd3\x02\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07prefill\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06router\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x32\n\x0f\x65xpert_transfer\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\x0b\x65xpert_read\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x65xpert_transfer_bytes\x18\x07 \x01(\x04\x12\x19\n\x11\x65xpert_read_bytes\x18\x08 \x01(\x04\"Q\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"a\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.moe_server.v1.Logprob\x12\r\n\x05index\x18\x04 \x01(\r\"\x94\x01\n\x08\x46inished\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.moe_server.v1.FinishReason\x12#\n\x05usage\x18\x02 \x01(\x0b\x32\x14.moe_server.v1.Usage\x12\'\n\x07timings\x18\x03 \x01(\x0b\x32\x16.moe_server.v1.Timings\x12\r\n\x05index\x18\x04 \x01(\r\"~\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12(\n\x08logprobs\x18\x03 \x03(\x0b\x32\x16.moe_server.v1.Logprob\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x17.moe_server.v1.Finished\"\xe9\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12(\n\x08logprobs\x18\x05 \x03(\x0b\x32\x16.moe_server.v1.Logprob\x12)\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x17.moe_server.v1.Finished\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12.\n\x0f\x66urther_samples\x18\x08 \x03(\x0b\x32\x15.moe_server.v1.Sample\"\xa0\x01\n\x16GenerateStreamResponse\x12)\n\x07started\x18\x01 \x01(\x0b\x32\x16.moe_server.v1.StartedH\x00\x12%\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x14.moe_server.v1.DeltaH\x00\x12+\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x17.moe_server.v1.FinishedH\x00\x42\x07\n\x05\x65vent*\xa9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12!\n\x1d\x46INISH_REASON_END_OF_SEQUENCE\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x04\x32\xc1\x01\n\x11GenerationService\x12K\n\x08Generate\x12\x1e.moe_server.v1.GenerateRequest\x1a\x1f.moe_server.v1.GenerateResponse\x12_\n\x0eGenerateStream\x12$.moe_server.v1.GenerateStreamRequest\x1a%.moe_server.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moe_server.proto.moe_server.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2786
-  _globals['_FINISHREASON']._serialized_end=2955
+  _globals['_FINISHREASON']._serialized_start=2822
+  _globals['_FINISHREASON']._serialized_end=2991
   _globals['_TOKENIDS']._serialized_start=98
   _globals['_TOKENIDS']._serialized_end=121
   _globals['_SAMPLING']._serialized_start=124
@@ -45,29 +45,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OUTPUT']._serialized_start=610
   _globals['_OUTPUT']._serialized_end=658
   _globals['_GENERATEREQUEST']._serialized_start=661
-  _globals['_GENERATEREQUEST']._serialized_end=1006
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1009
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1360
-  _globals['_TOKENLOGPROB']._serialized_start=1362
-  _globals['_TOKENLOGPROB']._serialized_end=1411
-  _globals['_LOGPROB']._serialized_start=1413
-  _globals['_LOGPROB']._serialized_end=1499
-  _globals['_USAGE']._serialized_start=1501
-  _globals['_USAGE']._serialized_end=1581
-  _globals['_TIMINGS']._serialized_start=1584
-  _globals['_TIMINGS']._serialized_end=1923
-  _globals['_STARTED']._serialized_start=1925
-  _globals['_STARTED']._serialized_end=2006
-  _globals['_DELTA']._serialized_start=2008
-  _globals['_DELTA']._serialized_end=2105
-  _globals['_FINISHED']._serialized_start=2108
-  _globals['_FINISHED']._serialized_end=2256
-  _globals['_SAMPLE']._serialized_start=2258
-  _globals['_SAMPLE']._serialized_end=2384
-  _globals['_GENERATERESPONSE']._serialized_start=2387
-  _globals['_GENERATERESPONSE']._serialized_end=2620
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2623
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2783
-  _globals['_GENERATIONSERVICE']._serialized_start=2958
-  _globals['_GENERATIONSERVICE']._serialized_end=3151
+  _globals['_GENERATEREQUEST']._serialized_end=1024
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1027
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1396
+  _globals['_TOKENLOGPROB']._serialized_start=1398
+  _globals['_TOKENLOGPROB']._serialized_end=1447
+  _globals['_LOGPROB']._serialized_start=1449
+  _globals['_LOGPROB']._serialized_end=1535
+  _globals['_USAGE']._serialized_start=1537
+  _globals['_USAGE']._serialized_end=1617
+  _globals['_TIMINGS']._serialized_start=1620
+  _globals['_TIMINGS']._serialized_end=1959
+  _globals['_STARTED']._serialized_start=1961
+  _globals['_STARTED']._serialized_end=2042
+  _globals['_DELTA']._serialized_start=2044
+  _globals['_DELTA']._serialized_end=2141
+  _globals['_FINISHED']._serialized_start=2144
+  _globals['_FINISHED']._serialized_end=2292
+  _globals['_SAMPLE']._serialized_start=2294
+  _globals['_SAMPLE']._serialized_end=2420
+  _globals['_GENERATERESPONSE']._serialized_start=2423
+  _globals['_GENERATERESPONSE']._serialized_end=2656
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=2659
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=2819
+  _globals['_GENERATIONSERVICE']._serialized_start=2994
+  _globals['_GENERATIONSERVICE']._serialized_end=3187
 # @@protoc_insertion_point(module_scope)
