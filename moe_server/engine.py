@@ -14,6 +14,7 @@ import torch
 from moe_server.budget import MemoryPlan, usable_cores
 from moe_server.config import Config
 from moe_server.constraints.compiler import Compiler
+from moe_server.deadlines import hopeless
 from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels import native
 from moe_server.messages import (
@@ -33,6 +34,7 @@ from moe_server.sampler import Sampled, sample
 from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
 from moe_server.step import StepInput
+from moe_server.step_costs import StepCosts
 from moe_server.weights import Weights
 
 COMPILED_WITHIN_S = 0.01
@@ -80,11 +82,15 @@ class Engine:
             priority_s=config.scheduler.priority_s,
         )
         self.compiler = Compiler()
+        self._costs = StepCosts()
+        self._has_arrivals = False
+        self._num_hopeless = 0
         self._failed: list[RequestFailed] = []
 
     def submit(self, request: Submit) -> None:
         """Queues a request, once its constraint is compiled if it has one."""
         sequence = Sequence.of(request, time.monotonic())
+        self._has_arrivals = True
         if request.constraint is None:
             self.scheduler.add(sequence)
         else:
@@ -103,6 +109,7 @@ class Engine:
         """Runs one step and reports what it brought; an idle engine reports its load."""
         self._take_compiled()
         self._expire()
+        self._refuse_hopeless()
         step = self.scheduler.schedule(time.monotonic())
         tokens: list[TokenEvent] = []
         if step:
@@ -166,9 +173,11 @@ class Engine:
             )
         return events
 
-    def _account(self, step: Iterable[Scheduled], started: float, before: "_Spent") -> None:
+    def _account(self, step: Many[Scheduled], started: float, before: "_Spent") -> None:
         """Adds the step's time and bytes to each of its requests."""
         elapsed, after = time.monotonic() - started, self._spent()
+        if all(scheduled.sequence.is_running for scheduled in step):  # else it was cut short
+            self._costs.observe(sum(scheduled.num_tokens for scheduled in step), elapsed)
         for scheduled in step:
             sequence, timings = scheduled.sequence, scheduled.sequence.timings
             if sequence.num_completion_tokens == 0:
@@ -223,6 +232,14 @@ class Engine:
             )
             self._fail([sequence], error)
 
+    def _refuse_hopeless(self) -> None:
+        """Ends requests that cannot make their deadline; looked at whenever some have come."""
+        if self._has_arrivals:
+            self._has_arrivals = False
+            for verdict in list(hopeless(self.scheduler, self._costs, time.monotonic())):
+                self._num_hopeless += 1
+                self._fail([verdict.sequence], verdict.error())
+
     def _step_input(self, scheduled: Scheduled) -> StepInput:
         sequence = scheduled.sequence
         end = sequence.num_computed + scheduled.num_tokens
@@ -255,6 +272,7 @@ class Engine:
             blocks_total=blocks.num_blocks,
             blocks_kept=blocks.num_kept,
             preemptions=scheduled.preemptions,
+            hopeless=self._num_hopeless,
             prompt_tokens=scheduled.prompt_tokens,
             cached_tokens=scheduled.cached_tokens,
             experts=ExpertCounters(

@@ -93,6 +93,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """`time.monotonic()` after which nobody waits for the answer."""
     priority: int = 0
     """Higher goes first; see `scheduler.priority_s`."""
+    fewest_new_tokens: int = 1
+    """It cannot be complete with fewer: max_new_tokens where nothing may end it before."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -184,6 +186,8 @@ class EngineLoad(msgspec.Struct, frozen=True):
     blocks_kept: int = 0
     """Blocks that are not in use, but hold the beginning of an earlier prompt."""
     preemptions: int = 0
+    hopeless: int = 0
+    """Requests that were refused because they could not make their deadline."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Since the start, as in `SchedulerCounters`."""

@@ -69,11 +69,11 @@ class Scheduler:
         # Neighbours decide how much of a step is left for a prompt. Were they to decide where
         # attention's tiles begin, they would decide how it is rounded: prompts are cut between
         # tiles only. (A step below two tiles has no choice.)
-        self._tile = QUERY_TILE_TOKENS if max_batch_tokens >= 2 * QUERY_TILE_TOKENS else 1
+        self.tile = QUERY_TILE_TOKENS if max_batch_tokens >= 2 * QUERY_TILE_TOKENS else 1
         # Each running request gets its one token in every step, and one prompt at least a tile.
-        self._max_running = max(1, min(max_running, max_batch_tokens - self._tile))
-        self._max_batch_tokens = max_batch_tokens
-        self._block_tokens = block_tokens
+        self._max_running = max(1, min(max_running, max_batch_tokens - self.tile))
+        self.max_batch_tokens = max_batch_tokens
+        self.block_tokens = block_tokens
         self._reuse_prefixes = reuse_prefixes
         self._priority_s = priority_s
         self.blocks = BlockPool(num_blocks, block_tokens)
@@ -87,9 +87,9 @@ class Scheduler:
         assert self._longest_blocks(sequence) <= self.blocks.num_blocks
         if self._reuse_prefixes:
             # What attention computes in a tile that is not whole, it rounds differently.
-            whole_tiles = sequence.num_prompt_tokens // self._tile * self._tile
+            whole_tiles = sequence.num_prompt_tokens // self.tile * self.tile
             sequence.block_keys = self.blocks.keys(sequence.token_ids[:whole_tiles])
-        insort(self.waiting, sequence, key=self._rank)
+        insort(self.waiting, sequence, key=self.rank)
 
     def schedule(self, now: float) -> list[Scheduled]:
         """The next step, empty when there is nothing to do.
@@ -99,7 +99,7 @@ class Scheduler:
         """
         self._grow(now)
         self._admit(now)
-        budget = self._max_batch_tokens
+        budget = self.max_batch_tokens
         step: list[Scheduled] = []
         # Decoding
         for sequence in self.running:
@@ -117,10 +117,10 @@ class Scheduler:
         """The step was run: its tokens are stored."""
         for scheduled in step:
             sequence = scheduled.sequence
-            before = sequence.num_computed // self._block_tokens
+            before = sequence.num_computed // self.block_tokens
             sequence.num_computed += scheduled.num_tokens
             if sequence.is_running:  # else it left during the step, and what was stored is rubbish
-                written = slice(before, sequence.num_computed // self._block_tokens)
+                written = slice(before, sequence.num_computed // self.block_tokens)
                 keys = sequence.block_keys[written]
                 for block, key in zip(sequence.block_table[written], keys, strict=False):
                     self.blocks.publish(block, key)
@@ -154,7 +154,7 @@ class Scheduler:
             assert len(sequence.block_table) <= self._longest_blocks(sequence)
         assert len(self.running) <= self._max_running
         for sequences in (self.running, self.waiting):
-            assert sequences == sorted(sequences, key=self._rank)
+            assert sequences == sorted(sequences, key=self.rank)
 
     def _grow(self, now: float) -> None:
         """Gives decoding requests the blocks of their next tokens, taken from the last ones.
@@ -175,7 +175,7 @@ class Scheduler:
         self._release(sequence)
         sequence.num_computed = 0
         sequence.waiting_since = now
-        insort(self.waiting, sequence, key=self._rank)
+        insort(self.waiting, sequence, key=self.rank)
         self.counters.preemptions += 1
 
     def _admit(self, now: float) -> None:
@@ -195,7 +195,7 @@ class Scheduler:
                 return
             self.blocks.hold(shared)
             sequence.block_table = shared + self.blocks.take(needed)
-            sequence.num_computed = len(shared) * self._block_tokens
+            sequence.num_computed = len(shared) * self.block_tokens
             self._start(sequence, now)
             coming.update(sequence.block_keys[len(shared) :])
 
@@ -206,24 +206,24 @@ class Scheduler:
             self.counters.prompt_tokens += sequence.num_prompt_tokens
             self.counters.cached_tokens += sequence.num_computed
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=self._rank)
+        insort(self.running, sequence, key=self.rank)
 
     def _coming(self) -> set[bytes]:
         """The keys of the blocks that running requests are about to publish."""
         return {
             key
             for sequence in self.running
-            for key in sequence.block_keys[sequence.num_computed // self._block_tokens :]
+            for key in sequence.block_keys[sequence.num_computed // self.block_tokens :]
         }
 
     def _shared(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
         """The published blocks that a waiting request can begin with, and the next one's key."""
         # At least one token has to be computed: the next one is sampled from its logits.
-        keys = sequence.block_keys[: (len(sequence.token_ids) - 1) // self._block_tokens]
+        keys = sequence.block_keys[: (len(sequence.token_ids) - 1) // self.block_tokens]
         found = self.blocks.find(keys)
         next_key = keys[len(found)] if len(found) < len(keys) else None
         # Attention goes on where a tile would have begun.
-        while len(found) * self._block_tokens % self._tile:
+        while len(found) * self.block_tokens % self.tile:
             found.pop()
         return found, next_key
 
@@ -240,7 +240,7 @@ class Scheduler:
         end = sequence.num_computed + min(budget, sequence.num_uncomputed)
         # What was generated is computed one by one, also when it is computed again.
         if end < sequence.num_prompt_tokens:
-            end -= end % self._tile
+            end -= end % self.tile
         return end - sequence.num_computed
 
     def _longest_blocks(self, sequence: Sequence) -> int:
@@ -248,9 +248,9 @@ class Scheduler:
         return self._blocks_for(max(1, sequence.max_tokens - 1))
 
     def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
+        return -(-num_tokens // self.block_tokens)
 
-    def _rank(self, sequence: Sequence) -> tuple[float, int]:
+    def rank(self, sequence: Sequence) -> tuple[float, int]:
         """Lower goes first.
 
         All ranks rise alike while requests wait, so nothing has to be sorted again; and whoever

@@ -120,6 +120,7 @@ class FakeEngine:
             self.num_submits,
             blocks_kept=5,
             preemptions=6,
+            hopeless=9,
             prompt_tokens=7,
             cached_tokens=8,
         )

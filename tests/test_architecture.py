@@ -14,6 +14,7 @@ FOLDERS = ("kernels", "offload", "warmup", "proto")
 ENGINE_SIDE = (
     "attention",
     "block_pool",
+    "deadlines",
     "dense",
     "embedding",
     "engine",
@@ -28,6 +29,7 @@ ENGINE_SIDE = (
     "sampler",
     "scheduler",
     "sequence",
+    "step_costs",
     "transformers_module",
     "zero3",
 )

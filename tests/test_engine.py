@@ -230,15 +230,60 @@ def test_a_deadline_that_passes_while_prefilling(path, monkeypatch):
         assert_empty(engine)
 
 
-def test_timings_tell_queue_prefill_and_decode_apart(engine, monkeypatch):
-    clock = Clock(monkeypatch)
+def slow_down(engine, clock, monkeypatch, seconds: float) -> None:
+    """Every forward pass takes so long, by the test's clock."""
     forward = engine.model.forward
 
     def slow_forward(batch, poll):
-        clock.now += 2.0
+        clock.now += seconds
         return forward(batch, poll)
 
     monkeypatch.setattr(engine.model, "forward", slow_forward)
+
+
+def test_what_cannot_make_its_deadline_is_refused_before_it_takes_a_step(path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with running_engine(path) as engine:
+        slow_down(engine, clock, monkeypatch, 2.0)
+        run(engine, greedy([OTHER], 10))
+        for request_id, seconds in enumerate([1.9, 2.1, 200.0]):
+            submit(engine, request_id, new_tokens=1, deadline=clock.now + seconds)
+        long = Submit(3, PROMPT, 20, [], deadline=clock.now + 39.0, fewest_new_tokens=20)
+        engine.submit(long)
+        done = engine.step()
+        assert [(one.request_id, one.reason) for one in done.failed] == [
+            (0, Reason.EXPIRED),
+            (3, Reason.EXPIRED),
+        ]
+        assert "at most 19 new tokens" in done.failed[1].remedy
+        assert sorted(event.request_id for event in done.tokens) == [1, 2]
+        assert done.load.hopeless == 2
+        assert_empty(engine)
+
+
+def test_a_step_that_was_cut_short_says_nothing_of_what_steps_take(path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with running_engine(path) as engine:
+        slow_down(engine, clock, monkeypatch, 2.0)
+        run(engine, greedy([OTHER], 10))
+        forward = engine.model.forward
+
+        def cut_short(batch, poll):
+            clock.now -= 1.9
+            engine.cancel(0)
+            return forward(batch, poll)
+
+        monkeypatch.setattr(engine.model, "forward", cut_short)
+        submit(engine, 0)
+        engine.step()
+        submit(engine, 1, new_tokens=1, deadline=clock.now + 1.0)
+        assert [failed.request_id for failed in engine.step().failed] == [1]
+        assert_empty(engine)
+
+
+def test_timings_tell_queue_prefill_and_decode_apart(engine, monkeypatch):
+    clock = Clock(monkeypatch)
+    slow_down(engine, clock, monkeypatch, 2.0)
     submit(engine, new_tokens=3)
     clock.now += 5.0
     events = [event for _ in range(3) for event in engine.step().tokens]

@@ -79,6 +79,7 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
         ("KV blocks", f"{load.kv_blocks_used} of {load.kv_blocks_total}"),
         ("  kept for reuse", str(load.kv_blocks_kept)),
         ("  requests that lost theirs", str(load.preemptions)),
+        ("refused for their deadline", str(load.hopeless_requests)),
         ("prompt tokens", f"{load.prompt_tokens}, {load.cached_tokens} of them not computed again"),
         ("device budget", format_bytes(memory.device_budget_bytes)),
         ("  dense weights", format_bytes(memory.dense_bytes)),

@@ -84,6 +84,7 @@ class AdminService:
                 preemptions=load.preemptions,
                 prompt_tokens=load.prompt_tokens,
                 cached_tokens=load.cached_tokens,
+                hopeless_requests=load.hopeless,
             ),
             uptime=to_duration(supervisor.uptime_s),
             engine_restarts=supervisor.num_restarts,

@@ -160,17 +160,23 @@ def build_submit(
             "completion).",
             field="prompt",
         )
+    max_new_tokens = min(options.max_new_tokens, room)
+    eos_token_ids = [] if options.ignore_eos else list(model.eos_token_ids)
+    may_end_early = bool(
+        eos_token_ids or options.stop_sequences or options.stop_token_ids or options.constraint
+    )
     return Submit(
         request_id=request_id,
         token_ids=prompt,
-        max_new_tokens=min(options.max_new_tokens, room),
-        eos_token_ids=[] if options.ignore_eos else list(model.eos_token_ids),
+        max_new_tokens=max_new_tokens,
+        eos_token_ids=eos_token_ids,
         sampling=msgspec.structs.replace(options.sampling, sample_index=sample_index),
         logprobs=options.logprobs,
         stop_token_ids=list(options.stop_token_ids),
         constraint=options.constraint,
         deadline=deadline,
         priority=options.priority,
+        fewest_new_tokens=1 if may_end_early else max_new_tokens,
     )
 
 

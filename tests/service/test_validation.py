@@ -164,3 +164,18 @@ async def test_absent_sampling_is_greedy_and_values_are_resolved():
     assert check_options(make([1], logprobs=True), model).logprobs == 0
     urgent = check_options(make([1], priority=10), model)
     assert build_submit(1, [1], urgent, model, deadline=None).priority == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "fewest"),
+    [
+        ({}, 1),
+        ({"ignore_eos": True}, 8),
+        ({"ignore_eos": True, "stop_sequences": ["b"]}, 1),
+        ({"ignore_eos": True, "max_new_tokens": 99}, 63),
+    ],
+)
+async def test_the_fewest_tokens_are_all_of_them_where_nothing_can_end_it_before(options, fewest):
+    model = make_model()
+    checked = check_options(make([1], **options), model)
+    assert build_submit(1, [1], checked, model, deadline=None).fewest_new_tokens == fewest
