@@ -138,8 +138,8 @@ def skewed(choose: np.random.Generator, num_domains: int) -> list[NDArray[np.flo
     ]
 
 
-def _union(pairs: NDArray[np.int64]) -> list[Experts]:
-    """Of (tokens, layers, 2), the union of the experts of each layer."""
+def union(pairs: NDArray[np.int64]) -> list[Experts]:
+    """Of the pairs (tokens, layers, 2) of a step, the union of the experts of each layer."""
     return [tuple(np.unique(pairs[:, layer]).tolist()) for layer in range(pairs.shape[1])]
 
 
@@ -150,7 +150,7 @@ def _trace(name: str, num_tokens: int, steps: Iterable[list[Experts]]) -> Trace:
 
 def decode(name: str, routing: Routing, batch: int, num_steps: int) -> Trace:
     """`batch` sequences decode together."""
-    steps = (_union(routing.next_token()) for _ in range(num_steps))
+    steps = (union(routing.next_token()) for _ in range(num_steps))
     return _trace(name, batch * num_steps, steps)
 
 
@@ -164,7 +164,7 @@ def decode_with_prefills(
             tokens = [routing.next_token()]
             if number % every == every - 1:
                 tokens += [routing.next_token() for _ in range(-(-PREFILL_TOKENS // batch))]
-            yield _union(np.concatenate(tokens))
+            yield union(np.concatenate(tokens))
 
     num_tokens = batch * num_steps + PREFILL_TOKENS * (num_steps // every)
     return _trace(name, num_tokens, steps())
@@ -173,7 +173,7 @@ def decode_with_prefills(
 def in_turns(name: str, routings: list[Routing], num_steps: int, turn: int) -> Trace:
     """Batch 1: one sequence decodes `turn` tokens, then another with its own popularity."""
     steps = (
-        _union(routings[number // turn % len(routings)].next_token()) for number in range(num_steps)
+        union(routings[number // turn % len(routings)].next_token()) for number in range(num_steps)
     )
     return _trace(name, num_steps, steps)
 
