@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec import structs
 
 from moe_server.engine import Engine
 from moe_server.kernels import native
+from moe_server.kernels.formats import WeightFormat
 from moe_server.messages import Sampling, Submit, TokenEvent
+from moe_server.pack import pack
+from moe_server.packed import StoreFormat
 from moe_server.step import StepInput
 from tests.driver import run, running_engine, token_ids
 from tests.tiny import Tiny, transformers_answers
@@ -101,17 +105,49 @@ def test_answers_do_not_depend_on_the_schedule(seed: int, tmp_path: Path) -> Non
     assert len(whole) > len(requests) // 2
 
 
-def test_preempted_tokens_equal_transformers(tmp_path: Path) -> None:
-    tiny = replace(TINY, dtype="float32")
-    path = tiny.write(tmp_path)
-    choose = random.Random(0)
-    prompts = [[choose.randrange(tiny.vocab) for _ in range(20)] for _ in range(6)]
-    expected = [answer.token_ids for answer in transformers_answers(path, prompts, 60)]
-    requests = [Submit(number, prompt, 60, []) for number, prompt in enumerate(prompts)]
-    with running_engine(path, max_total_tokens=160) as engine:
-        answers = [token_ids(events) for events in run(engine, requests)]
+@needs_exact_kernels
+def test_packed_answers_do_not_depend_on_the_schedule(tmp_path: Path) -> None:
+    choose = random.Random(9)
+    source, store = TINY.write(tmp_path / "source"), tmp_path / "store"
+    formats = StoreFormat(WeightFormat.BFLOAT16, WeightFormat.INT4, 32)
+    pack(source, store, formats, assess=lambda _store, _rounding: {})
+    requests = requests_of(TINY, choose, count=16)
+    with running_engine(store, **{"scheduler.reuse_prefixes": False}) as engine:
+        alone = {one.request_id: told(run(engine, [one])[0]) for one in requests}
+    with running_engine(store, **CRAMPED, host_memory=100_000) as engine:
+        answers = run_schedule(engine, requests, choose)
         assert engine.scheduler.counters.preemptions > 0
-    assert answers == expected
+        assert engine.scheduler.counters.cached_tokens > 0
+    for number, answer in answers.items():
+        assert answer == alone[number][: len(answer)], number
+
+
+SHAPES = {
+    "plain": TINY,
+    "sliding window": replace(TINY, sliding_window=16),
+    "top-4 of 16": replace(TINY, experts=16, top_k=4),
+    "one expert, multi-query": replace(TINY, experts=4, top_k=1, heads=6, kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_scheduled_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    tiny = replace(SHAPES[name], dtype="float32")
+    path = tiny.write(tmp_path)
+    choose = random.Random(f"{name}, 1")
+    requests = [
+        structs.replace(request, sampling=Sampling(), max_new_tokens=50)
+        for request in requests_of(tiny, choose, count=10)
+    ]
+    prompts = [request.token_ids for request in requests]
+    expected = [answer.token_ids for answer in transformers_answers(path, prompts, 50)]
+    with running_engine(path, **CRAMPED, **{"scheduler.max_batch_tokens": 40}) as engine:
+        answers = run_schedule(engine, requests, choose)
+        assert engine.scheduler.counters.preemptions > 0
+        assert engine.scheduler.counters.cached_tokens > 0
+    for number, answer in answers.items():
+        assert [token for token, _ in answer] == expected[number][: len(answer)]
+    assert sum(len(answer) == 50 for answer in answers.values()) > 5
 
 
 def test_a_prompt_that_was_there_before_is_not_computed_again(tmp_path: Path) -> None:
