@@ -83,14 +83,12 @@ class Engine:
         )
         self.compiler = Compiler()
         self._costs = StepCosts()
-        self._has_arrivals = False
         self._num_hopeless = 0
         self._failed: list[RequestFailed] = []
 
     def submit(self, request: Submit) -> None:
         """Queues a request, once its constraint is compiled if it has one."""
         sequence = Sequence.of(request, time.monotonic())
-        self._has_arrivals = True
         if request.constraint is None:
             self.scheduler.add(sequence)
         else:
@@ -234,8 +232,8 @@ class Engine:
 
     def _refuse_hopeless(self) -> None:
         """Ends requests that cannot make their deadline; looked at whenever some have come."""
-        if self._has_arrivals:
-            self._has_arrivals = False
+        if self.scheduler.has_arrivals:
+            self.scheduler.has_arrivals = False
             for verdict in list(hopeless(self.scheduler, self._costs, time.monotonic())):
                 self._num_hopeless += 1
                 self._fail([verdict.sequence], verdict.error())

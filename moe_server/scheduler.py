@@ -78,6 +78,8 @@ class Scheduler:
         self._priority_s = priority_s
         self.blocks = BlockPool(num_blocks, block_tokens)
         self.counters = SchedulerCounters()
+        self.has_arrivals = False
+        """Requests have come since whoever looks at their deadlines last turned it off."""
         self.waiting: list[Sequence] = []
         """By rank; so are the running ones."""
         self.running: list[Sequence] = []
@@ -90,6 +92,7 @@ class Scheduler:
             whole_tiles = sequence.num_prompt_tokens // self.tile * self.tile
             sequence.block_keys = self.blocks.keys(sequence.token_ids[:whole_tiles])
         insort(self.waiting, sequence, key=self.rank)
+        self.has_arrivals = True
 
     def schedule(self, now: float) -> list[Scheduled]:
         """The next step, empty when there is nothing to do.
