@@ -22,6 +22,7 @@ from moe_server.pack import pack
 from moe_server.packed import StoreFormat
 from moe_server.step import StepInput
 from tests.driver import run, running_engine, token_ids
+from tests.test_architectures import COMMON, CONFIGS, write
 from tests.tiny import Tiny, transformers_answers
 
 TINY = Tiny(dtype="bfloat16", seed=50, vocab=90)
@@ -39,13 +40,13 @@ def told(events: Sequence[TokenEvent]) -> Told:
     return [(event.token_id, event.logprob) for event in events]
 
 
-def requests_of(tiny: Tiny, choose: random.Random, count: int) -> list[Submit]:
+def requests_of(vocab: int, choose: random.Random, count: int) -> list[Submit]:
     """Half of them sampled, most of them begin alike; none longer than 120 tokens."""
-    stem = choose.choices(range(tiny.vocab), k=60)
+    stem = choose.choices(range(vocab), k=60)
     requests = []
     for number in range(count):
-        length = choose.randint(1, 60)
-        prompt = [choose.randrange(tiny.vocab) for _ in range(length)]
+        length = choose.choice([choose.randint(1, 60), choose.randint(30, 60)])
+        prompt = [choose.randrange(vocab) for _ in range(length)]
         if choose.random() < 0.7:
             common = length - choose.randint(0, min(length, 8))
             prompt[:common] = stem[:common]
@@ -86,7 +87,7 @@ def run_schedule(
 def test_answers_do_not_depend_on_the_schedule(seed: int, tmp_path: Path) -> None:
     choose = random.Random(seed)
     path = TINY.write(tmp_path)
-    requests = requests_of(TINY, choose, count=24)
+    requests = requests_of(TINY.vocab, choose, count=24)
     with running_engine(path, **{"scheduler.reuse_prefixes": False}) as engine:
         alone = {one.request_id: told(run(engine, [one])[0]) for one in requests}
     flags = {
@@ -111,7 +112,7 @@ def test_packed_answers_do_not_depend_on_the_schedule(tmp_path: Path) -> None:
     source, store = TINY.write(tmp_path / "source"), tmp_path / "store"
     formats = StoreFormat(WeightFormat.BFLOAT16, WeightFormat.INT4, 32)
     pack(source, store, formats, assess=lambda _store, _rounding: {})
-    requests = requests_of(TINY, choose, count=16)
+    requests = requests_of(TINY.vocab, choose, count=16)
     with running_engine(store, **{"scheduler.reuse_prefixes": False}) as engine:
         alone = {one.request_id: told(run(engine, [one])[0]) for one in requests}
     with running_engine(store, **CRAMPED, host_memory=100_000) as engine:
@@ -133,11 +134,21 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_scheduled_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     tiny = replace(SHAPES[name], dtype="float32")
-    path = tiny.write(tmp_path)
-    choose = random.Random(f"{name}, 1")
+    assert_equal_to_transformers(tiny.write(tmp_path), tiny.vocab, random.Random(f"{name}, 1"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_scheduled_tokens_of_other_architectures_equal_transformers(
+    name: str, tmp_path: Path
+) -> None:
+    path = write(name, tmp_path)
+    assert_equal_to_transformers(path, COMMON["vocab_size"], random.Random(f"{name}, 1"))
+
+
+def assert_equal_to_transformers(path: Path, vocab: int, choose: random.Random) -> None:
     requests = [
         structs.replace(request, sampling=Sampling(), max_new_tokens=50)
-        for request in requests_of(tiny, choose, count=10)
+        for request in requests_of(vocab, choose, count=12)
     ]
     prompts = [request.token_ids for request in requests]
     expected = [answer.token_ids for answer in transformers_answers(path, prompts, 50)]
@@ -148,6 +159,22 @@ def test_scheduled_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     for number, answer in answers.items():
         assert [token for token, _ in answer] == expected[number][: len(answer)]
     assert sum(len(answer) == 50 for answer in answers.values()) > 5
+
+
+@needs_exact_kernels
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "mistral, sliding window", "llama"])
+def test_answers_of_other_architectures_do_not_depend_on_the_schedule(
+    name: str, tmp_path: Path
+) -> None:
+    path, choose = write(name, tmp_path, "bfloat16"), random.Random(name)
+    requests = requests_of(COMMON["vocab_size"], choose, count=16)
+    with running_engine(path, **{"scheduler.reuse_prefixes": False}) as engine:
+        alone = {one.request_id: told(run(engine, [one])[0]) for one in requests}
+    with running_engine(path, **CRAMPED) as engine:
+        answers = run_schedule(engine, requests, choose)
+        assert engine.scheduler.counters.cached_tokens > 0
+    for number, answer in answers.items():
+        assert answer == alone[number][: len(answer)], number
 
 
 def test_a_prompt_that_was_there_before_is_not_computed_again(tmp_path: Path) -> None:
