@@ -68,10 +68,6 @@ class BlockPool:
             found.append(block)
         return found
 
-    def has(self, key: bytes) -> bool:
-        """True where a block is published under `key`."""
-        return key in self._by_key
-
     def num_kept_of(self, blocks: Iterable[int]) -> int:
         """How many of these blocks stop being free when they are held."""
         return sum(block in self._kept for block in blocks)

@@ -9,6 +9,7 @@ the engine becomes faster than it ever was. The engine asks before a step when r
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import merge
+from itertools import takewhile
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.scheduler import Scheduler
@@ -67,16 +68,17 @@ def hopeless(scheduler: Scheduler, costs: StepCosts, now: float) -> Iterator[Hop
         now: `time.monotonic()`.
     """
     tile, batch = scheduler.tile, scheduler.max_batch_tokens
-    has = scheduler.blocks.has
-    coming = {key for sequence in scheduler.running for key in sequence.block_keys if not has(key)}
     before = 0
+    coming = {key for sequence in scheduler.running for key in _missing(sequence, scheduler)}
     for sequence in merge(scheduler.running, scheduler.waiting, key=scheduler.rank):
         if sequence.is_running:
             # One that decodes takes its token from every step, but none of them from a prompt.
             before += sequence.num_uncomputed if sequence.num_uncomputed > 1 else 0
             continue
-        missing = {key for key in sequence.block_keys if not has(key)}
-        num_there = len(sequence.block_keys) - len(missing - coming)
+        missing = _missing(sequence, scheduler)
+        # A key stands for all blocks before it: behind one that nobody computes none is computed.
+        num_coming = sum(1 for _ in takewhile(coming.__contains__, missing))
+        num_there = len(sequence.block_keys) - len(missing) + num_coming
         tokens = max(1, len(sequence.token_ids) - num_there * scheduler.block_tokens)
         # What is left of a step behind whole tiles is less than one: it takes short prompts only.
         ahead = before if tokens >= tile else 0
@@ -95,5 +97,11 @@ def hopeless(scheduler: Scheduler, costs: StepCosts, now: float) -> Iterator[Hop
                 yield verdict
                 continue
         # One that waits for another's blocks can be passed.
-        before += 0 if missing & coming else tokens
-        coming |= missing
+        before += 0 if num_coming else tokens
+        coming.update(missing)
+
+
+def _missing(sequence: Sequence, scheduler: Scheduler) -> list[bytes]:
+    """The keys of a prompt's blocks from the first one on that is not there."""
+    keys = sequence.block_keys
+    return keys[len(scheduler.blocks.find(keys)) :]

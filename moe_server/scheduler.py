@@ -182,7 +182,9 @@ class Scheduler:
         self.counters.preemptions += 1
 
     def _admit(self, now: float) -> None:
-        coming = self._coming() if self.waiting else set()
+        if not self.waiting or len(self.running) == self._max_running:
+            return
+        coming = self._coming()
         for sequence in list(self.waiting):
             if len(self.running) == self._max_running:
                 return
