@@ -84,7 +84,7 @@ async def test_generate_streams_text_and_says_where_time_went(door):
     assert result.stdout == "defg\n"
     for row in ("queue", "prefill", "decode", "router", "expert transfer", "expert read"):
         assert row in result.stderr
-    assert "3 prompt + 4 new" in result.stderr
+    assert "3 prompt (1 cached) + 4 new" in result.stderr
     assert "length" in result.stderr
 
 
@@ -109,7 +109,7 @@ async def test_generate_several_samples(door):
     several = ["--samples", "2", "--temperature", "1", "--max-new-tokens", "3"]
     result = await against(door, "generate", "a", *several)
     assert result.stdout == "[0] bcd\n[1] bcd\n"
-    assert "1 prompt + 6 new" in result.stderr
+    assert "1 prompt (1 cached) + 6 new" in result.stderr
     assert "length, length" in result.stderr
     result = await against(door, "generate", "a", *several, "--top-logprobs", "2", "--json")
     answer = json.loads(result.stdout)

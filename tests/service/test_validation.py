@@ -172,6 +172,7 @@ async def test_absent_sampling_is_greedy_and_values_are_resolved():
         ({}, 1),
         ({"ignore_eos": True}, 8),
         ({"ignore_eos": True, "stop_sequences": ["b"]}, 1),
+        ({"ignore_eos": True, "stop_token_ids": [3]}, 1),
         ({"ignore_eos": True, "max_new_tokens": 99}, 63),
     ],
 )
