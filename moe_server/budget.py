@@ -155,7 +155,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
             field="device_memory",
         )
     num_slots = min(total, (budget - dense - kv - workspace) // slot)
-    num_staging = CUDA_STAGING_RECORDS if config.device == "cuda" else 0
+    num_staging = CUDA_STAGING_RECORDS if config.device == "cuda" and total else 0
     least_host = max(num_staging, 1 if config.host_memory and num_slots < total else 0) * slot
     if config.host_memory < least_host:
         raise MoeServerError(

@@ -43,6 +43,11 @@ class Exit:
     def by_signal(self) -> bool:
         return self.code < 0
 
+    @property
+    def was_killed(self) -> bool:
+        """From outside, at an innocent moment: nothing inside it went wrong."""
+        return self.code == -signal.SIGKILL
+
     def __str__(self) -> str:
         if not self.by_signal:
             return f"exit code {self.code}"

@@ -12,9 +12,9 @@ from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import RequestFailed, TokenEvent
 
 MAX_UNREAD = 50_000
-"""Tokens that a mailbox holds, each alternative with a log-probability counted as one more: 100 to
-400 bytes each, so that a stream whose client does not read takes 20 MB at most. Without
-alternatives, few completions are so long."""
+"""Tokens that a mailbox holds, each alternative with a log-probability counted as one more: up to
+500 bytes each, so that a stream whose client does not read takes 25 MB at most. Few completions are
+so long: by default all of a server's KV cache is a third of it."""
 
 
 class OpenRequest:

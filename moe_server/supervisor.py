@@ -51,6 +51,8 @@ class Loss:
     message: str
     remedy: str
     retry: bool
+    spares_memory: bool = False
+    """Whether what it left in memory is as good as ever: it was killed, and did not fail."""
 
 
 class Supervisor:
@@ -92,6 +94,9 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self._started_at = time.monotonic()
         self._first_ready_at: float | None = None
+        self._is_busy = False
+        """Since a request was sent, until the engine says that it has none: the step that it runs
+        for one that has left goes on."""
         self._life_ready_at: float | None = None
         self.feed = StateFeed()
         self.reason = ""
@@ -179,6 +184,7 @@ class Supervisor:
             return  # The engine was lost since `admit`; iterating over the request says so.
         self._link.send(message)
         request.submitted = True
+        self._is_busy = True
 
     async def drain(self, wait_s: float = 0.0, *, for_good: bool = False) -> int:
         """Refuses new requests; returns how many are still open after `wait_s` at the latest.
@@ -233,9 +239,9 @@ class Supervisor:
             except Exception as error:
                 log.exception("engine life ended unexpectedly")
                 loss = Loss(f"Unexpected {error!r}.", "See the log.", retry=True)
-            if self._life_ready_at is None:
-                # It may be what it found there that ended it; and memory is needed by others while
-                # no engine can run.
+            if self._life_ready_at is None or not loss.spares_memory:
+                # It may be what it found there that ended it, or it may have written where it
+                # should not; and memory is needed by others while no engine can run.
                 await asyncio.to_thread(os.ftruncate, memory, 0)
             log.error("engine lost", message=loss.message, remedy=loss.remedy, retry=loss.retry)
             if not loss.retry:
@@ -258,6 +264,7 @@ class Supervisor:
     async def _run_life(self, memory: int) -> Loss:
         self._loaded.clear()
         self._life_ready_at = None
+        self._is_busy = False
         self.load = EngineLoad()
         failure = ("The server is shutting down.", "Retry on another server.")
         async with open_link(
@@ -327,6 +334,8 @@ class Supervisor:
 
     def _take_step(self, link: EngineLink, done: StepDone) -> None:
         self.load = done.load
+        if not (done.load.running or done.load.waiting or self._requests.num_pending):
+            self._is_busy = False
         for event in done.tokens:
             if not self._requests.deliver(event):
                 link.send(Cancel(event.request_id))
@@ -348,7 +357,8 @@ class Supervisor:
         if reader.done():
             return reader.result()
         remedy = "" if ending.by_signal else "See the log above."
-        return Loss(f"The engine process ended with {ending}.", remedy, retry=True)
+        message = f"The engine process ended with {ending}."
+        return Loss(message, remedy, retry=True, spares_memory=ending.was_killed)
 
     async def _await_silence(self, link: EngineLink) -> Loss:
         was_overdue = False
@@ -359,7 +369,7 @@ class Supervisor:
             # must be read before its silence is judged.
             if message and was_overdue:
                 link.kill()
-                return Loss(message, "", retry=True)
+                return Loss(message, "", retry=True, spares_memory=True)
             was_overdue = bool(message)
 
     def _overdue(self, link: EngineLink) -> str:
@@ -379,7 +389,7 @@ class Supervisor:
             return self._patience.first_message_s
         if self._phase is ServerState.LOADING:
             return self._patience.loading_s
-        return self._patience.busy_s if self._requests.num_pending else self._patience.idle_s
+        return self._patience.busy_s if self._is_busy else self._patience.idle_s
 
     async def _warm_up(self) -> Loss:
         await self._loaded.wait()

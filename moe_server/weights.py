@@ -7,8 +7,10 @@ of the bytes later.
 
 import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +101,6 @@ class Weights:
 
         Those that an earlier process left are not read again.
         """
-        self.num_kept = self.cache.tiers.adopt(self._is_intact)
         for name, location in self._kept().items():
             # A mapping each: a tensor that is handed on by copying frees its own.
             memory = map_pages(location.nbytes)
@@ -107,6 +108,13 @@ class Weights:
             part = Segment(location.file, location.offset, location.nbytes, 0)
             ticket = self.reader.submit([part], address, owner=memory)
             self._dense[name] = _DenseRead(memory, location.nbytes, ticket)
+        # A book of its own: what is in memory teaches nothing of what is on disk.
+        book = ChecksumBook(self.checkpoint.checksums)
+        self.num_kept = self.cache.tiers.adopt(partial(self._is_intact, book))
+        self.fill()
+
+    def fill(self) -> None:
+        """Begins to read experts into the places that are free."""
         self.cache.fill(self._by_place_on_disk())
 
     def take_dense(self, progress: Callable[[int], None]) -> "dict[str, torch.Tensor]":
@@ -145,15 +153,17 @@ class Weights:
         if self.embedding is not None:
             self.embedding.read_through(progress)
 
-    @property
-    def are_proven(self) -> bool:
-        """Whether an earlier process has read and computed every expert there is."""
-        return self._lasting is not None and self._lasting.is_proven
-
     def note_proven(self) -> None:
         """Every expert was read and computed, here or by an earlier process."""
         if self._lasting is not None:
-            self._lasting.note_proven()
+            self._lasting.note_proven(self.reader.block_bytes, self.reader.depth)
+
+    def reuse_read_settings(self) -> bool:
+        """Reads as the process did that has proven the experts; False: there was none."""
+        if self._lasting is None or not self._lasting.is_proven:
+            return False
+        self.reader.block_bytes, self.reader.depth = self._lasting.read_settings
+        return True
 
     def close(self) -> None:
         """Ends the reader's threads, after the blocks that they are reading."""
@@ -166,15 +176,10 @@ class Weights:
         on_disk = self.checkpoint.embedding if self.embedding is not None else None
         return {name: tensor for name, tensor in dense.items() if tensor is not on_disk}
 
-    def _is_intact(self, expert: ExpertId, address: int) -> bool:
-        """Whether an expert of this model has its bytes at `address`, as far as checksums say.
-
-        The process that left it may have crashed because something wrote where it should not.
-        """
+    def _is_intact(self, book: ChecksumBook, expert: ExpertId, address: int) -> bool:
+        """Whether an expert of this model has its bytes at `address`, as far as checksums say."""
         if expert not in self.checkpoint.experts:
             return False
-        # A book of its own: what is in memory teaches nothing of what is on disk.
-        book = ChecksumBook(self.checkpoint.checksums)
         return book.is_empty or all(
             book.mismatch(part.file, part.file_offset, _memory(address + part.record_offset, part))
             is None
@@ -217,6 +222,8 @@ def lasting_memory(
         MoeServerError: The kernel refused the memory.
     """
     if not is_as_fast_as_private():
+        # What an earlier engine left there would be held twice.
+        os.ftruncate(descriptor, 0)
         return None
     files = {part.file for parts in checkpoint.experts.values() for part in parts}
     try:

@@ -140,7 +140,7 @@ class ExpertCache:
         self._reader = reader
         self._stride_bytes = stride_bytes
         on_gpu = device != "cpu"
-        assert bool(num_staging) == on_gpu
+        assert not records or bool(num_staging) == on_gpu
         staging = Arena(num_staging, stride_bytes, pinned=on_gpu, allow_pageable=allow_pageable)
         self._fetches = Fetches(records, self.tiers, reader, self.counters, staging)
         self._coming = self._fetches.coming

@@ -27,6 +27,7 @@ _MAGIC = 0x31_45_4F_4D  # "MOE1", the form of the table
 _WORD = ctypes.sizeof(ctypes.c_uint64)
 _IDENTITY_WORDS = 4
 _PROVEN = 1 + _IDENTITY_WORDS
+_BLOCK_BYTES, _DEPTH = _PROVEN + 1, _PROVEN + 2
 _FIRST_PLACE = 8
 _LAYER_SHIFT = 32
 
@@ -116,8 +117,14 @@ class LastingMemory:
         """Whether a process has read and computed every expert, also those that are not here."""
         return bool(self._words[_PROVEN])
 
-    def note_proven(self) -> None:
-        """Every expert was read and computed."""
+    @property
+    def read_settings(self) -> tuple[int, int]:
+        """Block bytes and depth that suited the disk; once it is proven."""
+        return self._words[_BLOCK_BYTES], self._words[_DEPTH]
+
+    def note_proven(self, block_bytes: int, depth: int) -> None:
+        """Every expert was read and computed, and reading settled on these."""
+        self._words[_BLOCK_BYTES], self._words[_DEPTH] = block_bytes, depth
         self._words[_PROVEN] = 1
 
 

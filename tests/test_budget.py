@@ -217,6 +217,14 @@ def test_a_gpu_takes_integer_experts_of_bfloat16_models_only():
         assert caught.value.field == "device"
 
 
+def test_a_model_without_experts_needs_no_host_memory_on_a_gpu():
+    dense = replace(
+        make_checkpoint(), kind=ARCHITECTURES["llama"], experts={}, num_experts=0, is_plain=False
+    )
+    plan = plan_memory(make_config(device="cuda", device_memory=GIB), dense)
+    assert (plan.num_slots, plan.num_records, plan.num_staging) == (0, 0, 0)
+
+
 def test_on_a_gpu_all_experts_of_a_layer_are_computed_at_once():
     checkpoint = make_checkpoint(hidden=4096, intermediate=14336)
     flags = {"device_memory": 40 * GIB, "host_memory": GIB, "scheduler.max_batch_tokens": 2048}

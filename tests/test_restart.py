@@ -44,7 +44,14 @@ def test_the_second_engine_reads_no_expert(path, memory):
     expected = undisturbed(path)
     with running_engine(path, memory, **SOME) as engine:
         assert engine.weights.num_kept == 0
-        assert engine.cache.counters.read_bytes > 0
+        # Every expert was read, also those that have no place.
+        checkpoint = engine.model.checkpoint
+        every = sum(
+            part.nbytes
+            for expert in checkpoint.experts
+            for part in checkpoint.record_segments(expert)
+        )
+        assert engine.cache.counters.read_bytes >= every
         assert answers(engine) == expected
         places = (engine.cache.tiers.on_device.places, engine.cache.tiers.in_host.places)
         near = [dict(tier) for tier in places]
@@ -57,6 +64,26 @@ def test_the_second_engine_reads_no_expert(path, memory):
         now = {*engine.cache.tiers.on_device.places, *engine.cache.tiers.in_host.places}
         assert now == {*near[0], *near[1]}
         assert answers(engine) == expected
+
+
+def test_memory_that_would_be_slow_now_is_given_back(path, memory, monkeypatch):
+    with running_engine(path, memory, **SOME):
+        pass
+    assert os.fstat(memory).st_blocks
+    monkeypatch.setattr("moe_server.weights.is_as_fast_as_private", lambda: False)
+    with running_engine(path, memory, **SOME) as engine:
+        assert engine.weights.num_kept == 0
+        assert not os.fstat(memory).st_blocks
+        assert answers(engine) == undisturbed(path)
+
+
+def test_reading_goes_on_as_suited_the_disk(path, memory):
+    with running_engine(path, memory, **SOME) as engine:
+        engine.weights.reader.block_bytes, engine.weights.reader.depth = 4 * 2**20, 2
+        engine.weights.note_proven()
+    with running_engine(path, memory, **SOME) as engine:
+        reader = engine.weights.reader
+        assert (reader.block_bytes, reader.depth) == (4 * 2**20, 2)
 
 
 def test_a_checkpoint_that_was_replaced_is_read_anew(path, memory, tmp_path):

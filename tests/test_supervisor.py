@@ -182,6 +182,35 @@ async def test_memory_of_an_engine_that_never_was_ready_is_not_passed_on():
         assert memory_bytes(supervisor) <= 1
 
 
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGABRT])
+async def test_memory_of_an_engine_that_crashed_is_not_passed_on(how):
+    """It may have written where it should not."""
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        os.kill(supervisor.engine_pid, how)
+        await reach(supervisor, ServerState.STARTING)
+        await reach(supervisor, ServerState.READY)
+        # What the first wrote is gone, what the second wrote behind it is there.
+        assert os.pread(supervisor._memory, 2, 0) == b"\0!"
+
+
+async def test_a_step_of_a_request_that_has_left_is_no_silence():
+    patience = replace(PATIENCE, idle_s=0.5, busy_s=60.0)
+    flags = ("--slow-token", "9", "--slow-s", "2.5")
+    async with supervised(*flags, patience=patience) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        with supervisor.admit() as request:
+            supervisor.submit(request, Submit(request.request_id, [7], 3, []))
+            await asyncio.sleep(0.5)
+        assert await tokens(supervisor, [1], 2) == [2, 3]
+        assert supervisor.num_restarts == 0
+        # Afterwards silence is one again.
+        await eventually(lambda: not supervisor._is_busy)
+        os.kill(supervisor.engine_pid, signal.SIGSTOP)
+        await reach(supervisor, ServerState.STARTING)
+        await reach(supervisor, ServerState.READY)
+
+
 async def test_a_temporary_folder_with_a_long_name(tmp_path, monkeypatch):
     folder = tmp_path / ("long" * 30)
     folder.mkdir()

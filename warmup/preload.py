@@ -52,13 +52,19 @@ def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) ->
         engine.model.use_zero3(config.zero3_config)
     engine.cache.wait_filled(progress(1, engine.cache.coming_bytes))
     touched = progress(2, experts_total)
-    calibration = Calibration(engine.weights.reader)
+    was_proven = engine.weights.reuse_read_settings()
+    calibration = None if was_proven else Calibration(engine.weights.reader)
     for layer in range(checkpoint.num_layers):
         for expert in range(checkpoint.num_experts):
-            if engine.weights.are_proven and not engine.cache.is_near(ExpertId(layer, expert)):
+            if was_proven and not engine.cache.is_near(ExpertId(layer, expert)):
                 continue
-            calibration.next()
+            if calibration is not None:
+                calibration.next()
             engine.model.experts.touch(layer, expert)
             touched((layer * checkpoint.num_experts + expert + 1) * plan.expert_bytes)
-    calibration.conclude()
+    if calibration is not None:
+        calibration.conclude()
+    # On a GPU, kept experts have gone from records to slots: others find their places free.
+    engine.weights.fill()
+    engine.cache.wait_filled(lambda _done: None)
     engine.weights.note_proven()

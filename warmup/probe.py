@@ -156,7 +156,8 @@ class WarmUp:
         # A proxy that the environment names is for the way out, not for our own listener.
         options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
         async with grpc.aio.insecure_channel(self._target, options=options) as channel:
-            for attempt in range(1, self._config.attempts + 1):
+            # After a restart a short round comes first, which counts only if it succeeds.
+            for attempt in range(0 if self._was_proven else 1, self._config.attempts + 1):
                 reason = Reason.UNSUPPORTED
                 try:
                     failure = await self._round(channel, attempt)
@@ -179,11 +180,10 @@ class WarmUp:
 
     async def _round(self, channel: grpc.aio.Channel, attempt: int) -> str:
         """What the round's first bad probe missed; empty where all were good."""
-        is_short = self._was_proven and attempt == 1
-        if attempt == 1 and not is_short:
+        if attempt == 1:
             self.stage = f"warm-up batch of {self._batch}"
             await asyncio.gather(*(self._send(channel) for _ in range(self._batch)))
-        num_probes = 1 if is_short else self._config.probes
+        num_probes = self._config.probes if attempt else 1
         for index in range(1, num_probes + 1):
             self.stage = f"round {attempt}: probe {index} of {num_probes}"
             probe = await self._send(channel)

@@ -55,7 +55,7 @@ def test_the_next_one_finds_what_was_left(descriptor):
     first.slots_ledger.enter(3, ExpertId(1, 2))
     first.records_ledger.enter(0, ExpertId(2, 1))
     ctypes.memset(first.records.address, 9, 4)
-    first.note_proven()
+    first.note_proven(2**21, 4)
     second = LastingMemory(descriptor, "a model", **PLAN)
     assert second.slots_ledger.entries() == {3: ExpertId(1, 2)}
     assert second.records_ledger.entries() == {0: ExpertId(2, 1)}
@@ -75,7 +75,7 @@ def test_the_next_one_finds_what_was_left(descriptor):
 def test_nothing_is_kept_for_another_model_or_plan(descriptor, bound_to, changes):
     first = LastingMemory(descriptor, "a model", **PLAN)
     first.slots_ledger.enter(0, ExpertId(0, 1))
-    first.note_proven()
+    first.note_proven(2**21, 4)
     ctypes.memset(first.slots.address, 9, 4)
     other = LastingMemory(descriptor, bound_to, **{**PLAN, **changes})
     assert not other.slots_ledger.entries()

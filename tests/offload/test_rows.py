@@ -166,6 +166,16 @@ def test_nobody_waits_for_a_block_that_is_not_wanted_any_more(whole_pages, reade
     assert sorted(rows._free) == [0, 1, 2, 3]
 
 
+def test_what_nobody_wants_any_more_leaves_the_queue(whole_pages, reader):
+    disk, rows = whole_pages, rows_of(whole_pages, reader, 16)
+    disk.hanging = set(range(16))
+    assert taken(rows, range(16), lambda _asked: []) == ({}, {})
+    assert len(rows._leaving) > 4
+    # Threads hang in some of them; none of the others is begun any more.
+    assert not any(one.ticket.pending for one in rows._leaving)
+    disk.released.set()
+
+
 def test_where_all_places_hang_it_waits_for_those_who_still_want(whole_pages, reader):
     disk, rows = whole_pages, rows_of(whole_pages, reader, 2)
     disk.hanging = {1, 2}

@@ -57,8 +57,18 @@ async def test_after_a_restart_a_missed_limit_calls_for_a_whole_round(monkeypatc
         os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
         await door.reach(ServerState.STARTING)
         await door.reach(ServerState.READY)
-        assert door.server.warm_up.stage == "proven in round 2"
+        assert door.server.warm_up.stage == "proven in round 1"
         assert len(door.server.warm_up.probes) == 1 + 2
+
+
+async def test_after_a_restart_the_short_round_costs_no_attempt(monkeypatch):
+    async with front_door(config=warmup(max_ttft_ms=10_000, attempts=1)) as door:
+        misses = iter(["too slow"])
+        monkeypatch.setattr("moe_server.warmup.probe.missed_limits", lambda *_: next(misses, ""))
+        os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.STARTING)
+        await door.reach(ServerState.READY)
+        assert door.server.warm_up.stage == "proven in round 1"
 
 
 async def test_a_missed_limit_is_retried_then_failed_with_the_figures():
