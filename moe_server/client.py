@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import grpc
 from google.rpc.error_details_pb2 import BadRequest, RetryInfo
@@ -27,6 +27,9 @@ from moe_server.proto.moe_server.v1 import (
     model_pb2,
     model_pb2_grpc,
 )
+
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+"""A conversation: {"role": "user", "content": "Hello"} and so on."""
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 MAX_RECEIVE_BYTES = 64 * 2**20
@@ -75,6 +78,7 @@ class Client:
         )
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._tokenizer = generation_pb2_grpc.TokenizerServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
@@ -90,7 +94,7 @@ class Client:
 
     def generate_stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Messages,
         *,
         sampling: generation_pb2.Sampling | None = None,
         stopping: generation_pb2.Stopping | None = None,
@@ -106,7 +110,7 @@ class Client:
         With several samples, deltas and finishes carry the sample's index.
 
         Args:
-            prompt: Text, or token ids.
+            prompt: Text, token ids or messages.
             sampling: Absent: greedy.
             stopping: Absent: the server's default length.
             output: What to return beside tokens.
@@ -134,16 +138,32 @@ class Client:
         elif choices is not None:
             request.choices.values.extend(choices)
             request.choices.SetInParent()
-        if isinstance(prompt, str):
-            request.text = prompt
-        else:
-            request.token_ids.ids.extend(prompt)
+        _set_prompt(request, prompt)
         with self._readable_errors():
             call = self._generation.GenerateStream(request, timeout=timeout_s)
             try:
                 yield from call
             finally:
                 call.cancel()
+
+    def tokenize(self, prompt: str | Messages) -> list[int]:
+        """The token ids that generation makes of a text or of messages."""
+        request = generation_pb2.TokenizeRequest()
+        _set_prompt(request, prompt)
+        with self._readable_errors():
+            response: generation_pb2.TokenizeResponse = self._tokenizer.Tokenize(
+                request, timeout=self._timeout_s
+            )
+            return list(response.token_ids)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        request = generation_pb2.DetokenizeRequest(token_ids=token_ids)
+        with self._readable_errors():
+            response: generation_pb2.DetokenizeResponse = self._tokenizer.Detokenize(
+                request, timeout=self._timeout_s
+            )
+            return response.text
 
     def status(self) -> admin_pb2.GetServerStatusResponse:
         """State, memory and counters."""
@@ -182,6 +202,18 @@ class Client:
             yield
         except grpc.RpcError as error:
             raise _readable(error, self.target) from None
+
+
+def _set_prompt(request: Any, prompt: str | Sequence[int] | Messages) -> None:
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif prompt and isinstance(prompt[0], Mapping):
+        request.messages.messages.extend(
+            generation_pb2.ChatMessage(**message)  # type: ignore[arg-type]
+            for message in prompt
+        )
+    else:
+        request.token_ids.ids.extend(prompt)
 
 
 def _readable(error: grpc.RpcError, target: str) -> MoeServerError:

@@ -7,12 +7,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import grpc
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from moe_server.budget import plan_memory
+from moe_server.chat.chat import TemplateChat
+from moe_server.chat.template import ChatTemplate
 from moe_server.checkpoint import read_checkpoint
 from moe_server.config import Config, SchedulerConfig, WarmupConfig
 from moe_server.patience import Patience
@@ -25,7 +28,7 @@ from moe_server.proto.moe_server.v1 import (
 from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
 from moe_server.state import ServerState
-from moe_server.tokenizer import Tokenizer
+from moe_server.tokenizer import SpecialTokens, Tokenizer
 
 FAKE_ENGINE = (sys.executable, "-m", "tests.fake_engine")
 PATIENCE = Patience(first_backoff_s=0.02, longest_backoff_s=0.1, shutdown_s=2.0)
@@ -40,9 +43,24 @@ def letters_tokenizer() -> Tokenizer:
     """0..25 are letters, 26 is a space, 27 and 28 the halves of an "é", 99 is special."""
     token_bytes = [bytes([97 + i]) for i in range(26)] + [b" ", b"\xc3", b"\xa9"]
     token_bytes += [f"<{i}>".encode() for i in range(29, 99)] + [b""]
+
+    def encode(text: str) -> list[int]:
+        return [26 if char == " " else ord(char) - 97 for char in text]
+
+    def encode_sections(sections: Sequence[str | int], _max_tokens: int) -> list[int]:
+        parts = [[part] if isinstance(part, int) else encode(part) for part in sections]
+        return list(chain.from_iterable(parts))
+
     return Tokenizer(
-        lambda text, _: [ord(char) - 97 for char in text], token_bytes, adds_leading_space=False
+        lambda text, _: encode(text),
+        token_bytes,
+        adds_leading_space=False,
+        special=SpecialTokens({"</s>": EOS}, encode_sections),
     )
+
+
+def letters_chat(template: str = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"):
+    return TemplateChat(ChatTemplate(template, "here", {}), letters_tokenizer())
 
 
 def make_config(**changes: object) -> Config:
@@ -80,6 +98,7 @@ class FrontDoor:
 
     def __post_init__(self) -> None:
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.tokenizer = generation_pb2_grpc.TokenizerServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
 
@@ -126,18 +145,26 @@ async def eventually(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+def set_prompt(made, prompt: str | list[int] | list[tuple[str, str]] | None) -> None:
+    """Text, token ids or messages: a role and a content each."""
+    if isinstance(prompt, str):
+        made.text = prompt
+    elif prompt and isinstance(prompt[0], tuple):
+        for role, content in prompt:
+            made.messages.messages.add(role=role, content=content)
+    elif prompt is not None:
+        made.token_ids.ids.extend(prompt)
+
+
 def request(
-    prompt: str | list[int] | None,
+    prompt: str | list[int] | list[tuple[str, str]] | None,
     kind=generation_pb2.GenerateStreamRequest,
     model: str = "",
     **options,
 ):
     """`options` are fields of the request, of sampling, stopping and output, told apart by name."""
     made = kind(model=model)
-    if isinstance(prompt, str):
-        made.text = prompt
-    elif prompt is not None:
-        made.token_ids.ids.extend(prompt)
+    set_prompt(made, prompt)
     choices = options.pop("choices", None)
     if choices is not None:
         made.choices.SetInParent()

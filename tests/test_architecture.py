@@ -46,9 +46,11 @@ FRONT_DOOR = (
     "messages",
     "open_requests",
     "packed",
+    "json_tokenizer",
     "progress",
     "pulse",
     "safetensors_file",
+    "sentencepiece_tokenizer",
     "state",
     "supervisor",
     "tokenizer",
@@ -146,6 +148,14 @@ def test_constraints_know_neither_service_nor_engine(file):
     assert "llguidance" not in outermost(imports_at_module_level(file))
 
 
+@pytest.mark.parametrize("file", sources("moe_server/chat"), ids=show)
+def test_chat_knows_the_tokenizer_and_no_service(file):
+    rooms = ("chat.", "errors.", "json_file.", "tokenizer.")
+    allowed = tuple(f"moe_server.{room}" for room in rooms)
+    assert all(name.startswith(allowed) for name in ours(imports_of(file)))
+    assert "mistral_common" not in outermost(imports_at_module_level(file))
+
+
 def test_config_imports_errors_and_addresses_only_and_they_nothing():
     [config, errors, address, messages] = modules("config", "errors", "address", "messages")
     allowed = ("moe_server.errors.", "moe_server.address.")
@@ -167,7 +177,7 @@ def test_the_engine_s_side_knows_no_grpc_and_no_front_door(file):
 @pytest.mark.parametrize(
     "file",
     modules(*FRONT_DOOR)
-    + sources("moe_server/service", "moe_server/commands", "moe_server/constraints"),
+    + sources(*(f"moe_server/{room}" for room in ("service", "commands", "constraints", "chat"))),
     ids=show,
 )
 def test_the_front_door_starts_without_heavy_libraries(file):

@@ -14,10 +14,19 @@ import structlog
 from click.testing import CliRunner
 
 from moe_server import cli
+from moe_server.client import Client
 from moe_server.commands import doctor
 from moe_server.kernels import native
 from moe_server.state import ServerState
-from tests.front_door import FAKE_ENGINE, WAIT_S, eventually, front_door, make_model
+from tests.front_door import (
+    EOS,
+    FAKE_ENGINE,
+    WAIT_S,
+    eventually,
+    front_door,
+    letters_chat,
+    make_model,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -93,6 +102,29 @@ async def test_generate_from_token_ids_prints_token_ids(door):
     assert result.stdout == "3 4 5 \n"
 
 
+async def test_generate_chat():
+    async with front_door(model=make_model(chat=letters_chat())) as door:
+        options = ["--system", "ab", "--max-new-tokens", "3"]
+        result = await against(door, "generate", "--chat", "c", *options)
+        assert result.stdout == "abc\n"
+        assert "5 prompt + 3 new" in result.stderr
+        result = await against(door, "generate", "--chat", "c", "text")
+        assert "one of TEXT, --token-ids and --chat" in result.stderr
+        result = await against(door, "generate", "text", "--system", "c")
+        assert "--system goes with --chat" in result.stderr
+
+
+async def test_the_client_tokenises_and_detokenises():
+    async with front_door(model=make_model(chat=letters_chat())) as door:
+
+        def round_trip() -> tuple[list[int], list[int], str]:
+            with Client(door.server.address) as client:
+                messages = [{"role": "user", "content": "b"}]
+                return client.tokenize("ab"), client.tokenize(messages), client.detokenize([0, 1])
+
+        assert await asyncio.to_thread(round_trip) == ([0, 1], [1, EOS], "ab")
+
+
 async def test_generate_json(door):
     result = await against(
         door, "generate", "a", "--max-new-tokens", "30", "--stop", "fg", "--json"
@@ -147,13 +179,13 @@ async def test_generate_takes_constraints(door, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["generate"], "either TEXT or --token-ids"),
+        (["generate"], "one of TEXT, --token-ids and --chat"),
         (["generate", "a", "--regex", "(a"], "unclosed group"),
         (["generate", "a", "--regex", "a", "--choice", "a"], "At most one of"),
         (["generate", "a", "--json-schema", "@/no/such/file"], "/no/such/file"),
         (["generate", "a", "--samples", "3"], "num_samples is 3 and temperature 0"),
         (["generate", "a", "--frequency-penalty", "3"], "frequency_penalty is 3"),
-        (["generate", "a", "--token-ids", "1"], "either TEXT or --token-ids"),
+        (["generate", "a", "--token-ids", "1"], "one of TEXT, --token-ids and --chat"),
         (["generate", "--token-ids", "1,x"], "1,x"),
         (["generate", "a", "--temperature", "-1"], "temperature is -1"),
         (["generate", "\udcff"], "UTF-8"),

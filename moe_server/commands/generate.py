@@ -10,7 +10,7 @@ from typing import Any
 import click
 from google.protobuf.duration_pb2 import Duration
 
-from moe_server.client import Client
+from moe_server.client import Client, Messages
 from moe_server.commands.finite import POSITIVE_SECONDS
 from moe_server.commands.format import format_bytes, format_seconds, print_table
 from moe_server.errors import MoeServerError
@@ -87,6 +87,8 @@ class Completion:
 @click.argument("text", required=False)
 @click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT")
 @click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids, instead of TEXT.")
+@click.option("--chat", metavar="TEXT", help="Instead of TEXT: a user's message, answered.")
+@click.option("--system", metavar="TEXT", help="With --chat: the message that goes before it.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Default: the server's.")
 @click.option("--temperature", type=float, help="0 or absent: greedy.")
 @click.option("--top-k", type=click.IntRange(0, 2**32 - 1), help="Keep the k most likely tokens.")
@@ -112,6 +114,8 @@ def generate(  # click passes keywords
     text: str | None,
     target: str,
     token_ids: str | None,
+    chat: str | None,
+    system: str | None,
     max_new_tokens: int | None,
     stop: tuple[str, ...],
     stop_token: tuple[int, ...],
@@ -130,12 +134,11 @@ def generate(  # click passes keywords
     """Complete TEXT, streaming to stdout; then say on stderr where time and bytes went.
 
     Several samples are printed one after the other at the end. Without a TEXT that the served
-    checkpoint could tokenise, give --token-ids; token ids are then printed. Ctrl-C cancels the
-    request.
+    checkpoint could tokenise, give --token-ids; token ids are then printed. --chat asks the model
+    as the checkpoint's chat template says. Ctrl-C cancels the request.
     """
-    if (text is None) == (token_ids is None):
-        raise MoeServerError("Give either TEXT or --token-ids.")
-    prompt = _parse_ids(token_ids or "") if text is None else _checked(text)
+    prompt = _prompt(text, token_ids, chat, system)
+    prints_text = token_ids is None
     is_several = (sampling["num_samples"] or 1) > 1
     completion = Completion()
     with Client(target) as client:
@@ -158,25 +161,42 @@ def generate(  # click passes keywords
             completion.take(event)
             if not as_json and not is_several and event.HasField("delta"):
                 ids = " ".join(map(str, event.delta.token_ids))
-                sys.stdout.write(event.delta.text if text is not None else f"{ids} ")
+                sys.stdout.write(event.delta.text if prints_text else f"{ids} ")
                 sys.stdout.flush()
     if as_json:
         click.echo(json.dumps(_as_json(completion)))
         return
     if is_several:
         for index, sample in enumerate(completion.samples):
-            shown = sample.text if text is not None else " ".join(map(str, sample.token_ids))
+            shown = sample.text if prints_text else " ".join(map(str, sample.token_ids))
             click.echo(f"[{index}] {shown}")
     else:
         click.echo()
     print_table(_rows(completion))
 
 
-def _checked(text: str) -> str:
+def _prompt(
+    text: str | None, token_ids: str | None, chat: str | None, system: str | None
+) -> str | list[int] | Messages:
+    if sum(given is not None for given in (text, token_ids, chat)) != 1:
+        raise MoeServerError("Give one of TEXT, --token-ids and --chat.")
+    if system is not None and chat is None:
+        raise MoeServerError("--system goes with --chat.")
+    if token_ids is not None:
+        return _parse_ids(token_ids)
+    if text is not None:
+        return _checked(text, "TEXT")
+    messages = (
+        [] if system is None else [{"role": "system", "content": _checked(system, "--system")}]
+    )
+    return [*messages, {"role": "user", "content": _checked(chat or "", "--chat")}]
+
+
+def _checked(text: str, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise MoeServerError("TEXT is not valid UTF-8.") from None
+        raise MoeServerError(f"{name} is not valid UTF-8.") from None
     return text
 
 

@@ -7,6 +7,7 @@ import click
 import structlog
 
 from moe_server.budget import check_room, plan_memory
+from moe_server.chat.chat import load_chat
 from moe_server.checkpoint import read_checkpoint
 from moe_server.commands.config_flags import with_config
 from moe_server.config import Config
@@ -35,7 +36,9 @@ def serve(config: Config) -> None:
     check_room(plan, config)
     # Decided once: the engine, and every restart of it, gets the budget that was checked here.
     config = config.model_copy(update={"device_memory": plan.device_budget_bytes})
-    model = ServedModel.of(config, checkpoint, plan, load_tokenizer(config.model_path))
+    tokenizer = load_tokenizer(config.model_path)
+    chat = load_chat(config.model_path, tokenizer)
+    model = ServedModel.of(config, checkpoint, plan, tokenizer, chat)
     for what, amount in plan.table():
         log.info("plan", what=what.strip(), amount=amount)
     patience = Patience(busy_s=longest_step_s(config, model.num_active_parameters))

@@ -11,7 +11,6 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -24,6 +23,7 @@ from moe_server.messages import FinishReason, Timings, TokenEvent
 from moe_server.open_requests import OpenRequest
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service import validation
+from moe_server.service.prompts import Prompts
 from moe_server.service.registration import Context
 from moe_server.service.served_model import ServedModel
 from moe_server.service.text_stream import Released, TextStream
@@ -33,12 +33,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
 PROBE_METADATA_KEY = "x-moe-server-probe"
 """Carries a secret of this process: the warm-up's requests come before READY."""
-
-MAX_INLINE_TEXT_CHARS = 2000
-"""Longer prompts are tokenised on a thread; shorter ones cost less than the hand-over."""
-
-MAX_TOKENISING = 2
-"""Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
 
 MAX_DEADLINE_MARGIN_S = 0.05
 """We end a request this much before its deadline (or a tenth of the time, if that is less), so that
@@ -57,14 +51,15 @@ Write: TypeAlias = Callable[[pb.GenerateStreamResponse], Awaitable[None]]
 class GenerationService:
     """The servicer. `probe_secret` is what the warm-up presents."""
 
-    def __init__(self, supervisor: Supervisor, model: ServedModel, probe_secret: str) -> None:
+    def __init__(
+        self, supervisor: Supervisor, model: ServedModel, prompts: Prompts, probe_secret: str
+    ) -> None:
         self._supervisor = supervisor
         self._model = model
+        self._prompts = prompts
         self._probe_secret = probe_secret
         # Request ids count from 1 in every process; logs of several processes meet in one place.
         self._id_prefix = secrets.token_hex(4)
-        # Not a semaphore: the thread of a request that was cancelled works on, and still counts.
-        self._tokenising = ThreadPoolExecutor(MAX_TOKENISING, thread_name_prefix="tokenise")
         vocabulary = model.vocabulary
         self._trials = None if vocabulary is None else Trials(vocabulary)
 
@@ -123,7 +118,7 @@ class GenerationService:
         completion = _Completion(
             self._supervisor,
             self._model,
-            self._tokenising,
+            self._prompts,
             self._trials,
             write,
             admit,
@@ -169,7 +164,7 @@ class _Completion:
         self,
         supervisor: Supervisor,
         model: ServedModel,
-        tokenising: ThreadPoolExecutor,
+        prompts: Prompts,
         trials: Trials | None,
         write: Write,
         admit: Callable[[], AbstractContextManager[OpenRequest]],
@@ -177,7 +172,7 @@ class _Completion:
     ) -> None:
         self._supervisor = supervisor
         self._model = model
-        self._tokenising = tokenising
+        self._prompts = prompts
         self._trials = trials
         self._write = write
         self._admit = admit
@@ -194,7 +189,7 @@ class _Completion:
         first = self._take_place(places)
         validation.check_model(request.model, model)
         options = validation.check_options(request, model)
-        prompt = await self._tokenise(validation.check_prompt(request, model))
+        prompt = await self._prompts.encode(request)
         if options.constraint is not None and self._trials is not None:
             self.stage = "its constraint was compiled"
             await self._trials.check(options.constraint)
@@ -268,16 +263,6 @@ class _Completion:
                 async with self._writing:
                     await self._write(pb.GenerateStreamResponse(finished=finished))
                 return
-
-    async def _tokenise(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, list):
-            return prompt
-        assert self._model.tokenizer is not None, "check_prompt refuses text without a tokenizer"
-        encode, room = self._model.tokenizer.encode, self._model.max_request_tokens - 1
-        if len(prompt) <= MAX_INLINE_TEXT_CHARS:
-            return encode(prompt, room)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenising, encode, prompt, room)
 
 
 def _delta(released: Released, index: int) -> pb.Delta:

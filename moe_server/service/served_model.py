@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from moe_server.budget import MemoryPlan
+from moe_server.chat.chat import Chat
 from moe_server.checkpoint import Checkpoint
 from moe_server.config import Config
 from moe_server.messages import Vocabulary
@@ -32,6 +33,8 @@ class ServedModel:
     """Most tokens of prompt and completion together."""
     default_max_new_tokens: int
     tokenizer: Tokenizer | None
+    chat: Chat | None
+    """How conversations become token ids; None where the checkpoint does not say."""
     memory: MemoryPlan
 
     @classmethod
@@ -41,6 +44,7 @@ class ServedModel:
         checkpoint: Checkpoint,
         memory: MemoryPlan,
         tokenizer: Tokenizer | None,
+        chat: Chat | None = None,
     ) -> "ServedModel":
         """Picks the facts together."""
         return cls(
@@ -57,6 +61,7 @@ class ServedModel:
             max_request_tokens=memory.max_request_tokens,
             default_max_new_tokens=config.scheduler.default_max_new_tokens,
             tokenizer=tokenizer,
+            chat=chat,
             memory=memory,
         )
 

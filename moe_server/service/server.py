@@ -16,7 +16,8 @@ from moe_server import __version__
 from moe_server.config import Config
 from moe_server.errors import MoeServerError
 from moe_server.patience import Patience
-from moe_server.service import admin, generation, health, models
+from moe_server.service import admin, generation, health, models, tokenizer
+from moe_server.service.prompts import Prompts
 from moe_server.service.registration import add_service, methods_of
 from moe_server.service.served_model import ServedModel
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
@@ -90,7 +91,10 @@ class Server:
         self.supervisor = Supervisor(
             config, self.warm_up.prove, engine_command, patience, introduction
         )
-        generation_service = generation.GenerationService(self.supervisor, model, probe_secret)
+        self._prompts = Prompts(model)
+        generation_service = generation.GenerationService(
+            self.supervisor, model, self._prompts, probe_secret
+        )
         self._generation = generation_service
         add_service(
             main,
@@ -102,10 +106,15 @@ class Server:
             models.SERVICE.full_name,
             methods_of(models.ModelService(model), models.SERVICE),
         )
+        add_service(
+            main,
+            tokenizer.SERVICE.full_name,
+            methods_of(tokenizer.TokenizerService(model, self._prompts), tokenizer.SERVICE),
+        )
         self._add_operator_services(
             main,
             model,
-            (generation.SERVICE.full_name, models.SERVICE.full_name),
+            tuple(room.SERVICE.full_name for room in (generation, models, tokenizer)),
             trusts_all_peers=False,
         )
         if config.admin_listen:
@@ -122,6 +131,7 @@ class Server:
         if self.admin_address:
             log.info("listening for operators", address=self.admin_address)
         self.supervisor.start()
+        self._prompts.prepare()
 
     async def shut_down(self, grace_s: float) -> None:
         """Refuses new requests, lets the accepted ones finish for `grace_s`, ends the engine."""

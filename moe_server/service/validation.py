@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from moe_server.chat.message import ROLES, Message
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Constraint, ConstraintKind, Sampling, Submit
 from moe_server.proto.moe_server.v1 import generation_pb2
@@ -22,6 +23,9 @@ from moe_server.tokenizer import Tokenizer
 AnyGenerateRequest: TypeAlias = (
     generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
 )
+AnyPromptRequest: TypeAlias = AnyGenerateRequest | generation_pb2.TokenizeRequest
+Prompt: TypeAlias = str | list[int] | tuple[Message, ...]
+"""Text or a conversation, still to be tokenised, or token ids."""
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
@@ -30,6 +34,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_SAMPLES = 16
 MAX_CONSTRAINT_CHARS = 64 * 1024
 MAX_CHOICES = 1000
+MAX_MESSAGES = 1024
 MAX_COUNT_PENALTY = 2.0
 """As OpenAI and vLLM have it."""
 MAX_PRIORITY = 10
@@ -89,11 +94,12 @@ def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
     )
 
 
-def check_prompt(request: AnyGenerateRequest, model: ServedModel) -> str | list[int]:
-    """The prompt as it was given: text still to be tokenised, or checked token ids.
+def check_prompt(request: AnyPromptRequest, model: ServedModel) -> Prompt:
+    """The prompt as it was given.
 
     Raises:
-        MoeServerError: INVALID; UNSUPPORTED for text without a tokenizer.
+        MoeServerError: INVALID; UNSUPPORTED for text without a tokenizer, and for messages without
+            a chat template.
     """
     match request.WhichOneof("prompt"):
         case "text":
@@ -109,6 +115,7 @@ def check_prompt(request: AnyGenerateRequest, model: ServedModel) -> str | list[
             _refuse_oversize(request.text, model.tokenizer, model.max_request_tokens - 1)
             return request.text
         case "token_ids":
+            assert not isinstance(request, generation_pb2.TokenizeRequest), "it has no such field"
             token_ids = list(request.token_ids.ids)
             if not token_ids:
                 raise MoeServerError("The prompt has no token ids.", field="token_ids.ids")
@@ -118,8 +125,41 @@ def check_prompt(request: AnyGenerateRequest, model: ServedModel) -> str | list[
                     field="token_ids.ids",
                 )
             return token_ids
+        case "messages":
+            return _messages(request.messages.messages, model)
         case _:
-            raise MoeServerError("There is no prompt.", "Set text or token_ids.", field="prompt")
+            raise MoeServerError(
+                "There is no prompt.", "Set text, token_ids or messages.", field="prompt"
+            )
+
+
+def _messages(
+    messages: Sequence[generation_pb2.ChatMessage], model: ServedModel
+) -> tuple[Message, ...]:
+    if model.chat is None or model.tokenizer is None:
+        lacks = "tokenizer" if model.tokenizer is None else "chat template"
+        raise MoeServerError(
+            f"Model {model.name!r} has no {lacks}, so it takes no messages.",
+            "Send text or token_ids, or serve a checkpoint with chat_template.jinja or a "
+            "chat_template in its tokenizer_config.json.",
+            reason=Reason.UNSUPPORTED,
+            field="messages",
+        )
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise MoeServerError(
+            f"There are {len(messages)} messages; expected 1 to {MAX_MESSAGES}.",
+            field="messages.messages",
+        )
+    for index, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise MoeServerError(
+                f"The role of message {index} is {shorten(message.role, 20)!r}; expected one of "
+                f"{', '.join(ROLES)}.",
+                field=f"messages.messages[{index}].role",
+            )
+    contents = "".join(message.content for message in messages)
+    _refuse_oversize(contents, model.tokenizer, model.max_request_tokens - 1)
+    return tuple(Message(message.role, message.content) for message in messages)
 
 
 def _refuse_oversize(text: str, tokenizer: Tokenizer, max_tokens: int) -> None:

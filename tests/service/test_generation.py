@@ -12,15 +12,17 @@ import pytest_asyncio
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
-from moe_server.service.generation import MAX_TOKENISING
+from moe_server.service.prompts import MAX_TOKENISING
 from moe_server.state import ServerState
 from moe_server.tokenizer import Tokenizer
 from tests.front_door import (
     E_ACUTE,
     EOS,
+    WAIT_S,
     eventually,
     failure,
     front_door,
+    letters_chat,
     make_config,
     make_model,
     small_queue,
@@ -377,6 +379,47 @@ async def test_a_lost_engine_fails_streams_as_retryable_and_comes_back():
         await door.reach(ServerState.READY)
         assert door.server.supervisor.num_restarts == 1
         assert (await collect(door.generation.GenerateStream(make([1]))))[2][0] == 2
+
+
+async def test_messages_go_through_the_chat_template():
+    async with front_door(model=make_model(chat=letters_chat())) as door:
+        call = door.generation.GenerateStream(make([("system", "ab"), ("user", "c")]))
+        started, text, token_ids, _ = await collect(call)
+        assert (started.prompt_tokens, token_ids[:3], text[:3]) == (5, [0, 1, 2], "abc")
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+async def test_messages_without_a_template_are_a_failed_precondition(has_tokenizer):
+    async with front_door(model=make_model(has_tokenizer=has_tokenizer)) as door:
+        failed = await failure(door.generation.GenerateStream(make([("user", "a")])))
+    assert failed.code == grpc.StatusCode.FAILED_PRECONDITION
+    assert ("no chat template" if has_tokenizer else "no tokenizer") in failed.message
+    assert "chat_template.jinja" in failed.message
+
+
+async def test_a_conversation_that_must_be_prepared_holds_up_nobody():
+    go = threading.Event()
+
+    class SlowChat:
+        is_prepared = False
+
+        def prepare(self) -> None:
+            go.wait(WAIT_S)
+            self.is_prepared = True
+
+        def encode(self, messages, _max_tokens):
+            go.wait(WAIT_S)
+            return [len(messages)]
+
+    async with front_door(model=make_model(chat=SlowChat())) as door:
+        chat = asyncio.create_task(
+            collect(door.generation.GenerateStream(make([("user", "a")], max_new_tokens=1)))
+        )
+        call = door.generation.GenerateStream(make("a", max_new_tokens=1))
+        assert (await collect(call))[2] == [1]
+        assert not chat.done()
+        go.set()
+        assert (await chat)[2] == [2]
 
 
 async def test_few_long_prompts_are_tokenised_at_a_time():

@@ -154,3 +154,126 @@ class GenerationService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class TokenizerServiceStub(object):
+    """The served checkpoint's tokenizer. Answers before the model is ready, and asks nothing of the engine.
+    FAILED_PRECONDITION where the checkpoint has no tokenizer; details as in GenerationService.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Tokenize = channel.unary_unary(
+                '/moe_server.v1.TokenizerService/Tokenize',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/moe_server.v1.TokenizerService/Detokenize',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
+
+
+class TokenizerServiceServicer(object):
+    """The served checkpoint's tokenizer. Answers before the model is ready, and asks nothing of the engine.
+    FAILED_PRECONDITION where the checkpoint has no tokenizer; details as in GenerationService.
+    """
+
+    def Tokenize(self, request, context):
+        """The token ids that GenerationService makes of a prompt, or its refusal of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of token ids, without special tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_TokenizerServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'moe_server.v1.TokenizerService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('moe_server.v1.TokenizerService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class TokenizerService(object):
+    """The served checkpoint's tokenizer. Answers before the model is ready, and asks nothing of the engine.
+    FAILED_PRECONDITION where the checkpoint has no tokenizer; details as in GenerationService.
+    """
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_server.v1.TokenizerService/Tokenize',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_server.v1.TokenizerService/Detokenize',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -1,0 +1,45 @@
+"""moe_server.v1.TokenizerService: what prompts become, and what token ids say."""
+
+from moe_server.errors import MoeServerError, Reason
+from moe_server.proto.moe_server.v1 import generation_pb2 as pb
+from moe_server.service.prompts import Prompts
+from moe_server.service.registration import Context
+from moe_server.service.served_model import ServedModel
+from moe_server.service.validation import check_model
+
+SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"]
+
+
+class TokenizerService:
+    """The servicer."""
+
+    def __init__(self, model: ServedModel, prompts: Prompts) -> None:
+        self._model = model
+        self._prompts = prompts
+
+    async def Tokenize(  # noqa: N802  # named by the protocol
+        self, request: pb.TokenizeRequest, _context: Context
+    ) -> pb.TokenizeResponse:
+        """A prompt's ids."""
+        check_model(request.model, self._model)
+        return pb.TokenizeResponse(token_ids=await self._prompts.encode(request))
+
+    async def Detokenize(  # noqa: N802  # named by the protocol
+        self, request: pb.DetokenizeRequest, _context: Context
+    ) -> pb.DetokenizeResponse:
+        """The ids' text."""
+        model = self._model
+        check_model(request.model, model)
+        if model.tokenizer is None:
+            raise MoeServerError(
+                f"Model {model.name!r} has no tokenizer, so its token ids have no text.",
+                "Serve a checkpoint with tokenizer.model or tokenizer.json.",
+                reason=Reason.UNSUPPORTED,
+            )
+        num_tokens = len(request.token_ids)
+        if num_tokens > model.max_request_tokens:
+            raise MoeServerError(
+                f"There are {num_tokens} token ids; at most {model.max_request_tokens}.",
+                field="token_ids",
+            )
+        return pb.DetokenizeResponse(text=model.tokenizer.decode(request.token_ids))
