@@ -30,6 +30,7 @@ from moe_server.messages import (
 from moe_server.model import Model
 from moe_server.offload.counters import CacheCounters
 from moe_server.offload.tiers import MoveCounters
+from moe_server.readout import not_finite
 from moe_server.sampler import Sampled, sample
 from moe_server.scheduler import Scheduled, Scheduler
 from moe_server.sequence import Sequence
@@ -71,6 +72,7 @@ class Engine:
             block_tokens=block_tokens,
             # Where every expert has a place there is nothing to read ahead.
             prefetch=config.prefetch and plan.num_absent > 0,
+            readout_rows=min(config.scheduler.max_running, config.scheduler.max_batch_tokens),
         )
         self._poll = poll
         self.scheduler = Scheduler(
@@ -148,8 +150,11 @@ class Engine:
         """Appends the new tokens; requests that are complete leave."""
         events = []
         for sequence, choice in zip(sequences, sampled, strict=True):
-            request = sequence.request
+            request, readout = sequence.request, sequence.readout
             sequence.token_ids.append(choice.token_id)
+            if readout is not None and readout.is_broken:
+                self._fail([sequence], not_finite())
+                continue
             try:
                 finish = _finish(sequence)
             except MoeServerError as error:
@@ -165,6 +170,8 @@ class Engine:
                     top_logprobs=list(choice.top_logprobs),
                     finish=finish,
                     cached_tokens=sequence.cached_tokens or 0,
+                    target_scores=[] if readout is None else readout.scores,
+                    embedding=[] if readout is None else readout.embedding,
                     # Always: a stop string may end the request at any token.
                     timings=sequence.timings,
                 )
@@ -199,12 +206,8 @@ class Engine:
         finite = logits.isfinite().all(dim=-1).tolist()
         if all(finite):
             return logits, sequences
-        error = MoeServerError(
-            "The model produced logits that are not finite.",
-            "Check the checkpoint; float16 overflows where bfloat16 does not.",
-            reason=Reason.UNSUPPORTED,
-        )
-        self._fail([sequences[row] for row, is_finite in enumerate(finite) if not is_finite], error)
+        broken = [sequences[row] for row, is_finite in enumerate(finite) if not is_finite]
+        self._fail(broken, not_finite())
         rows = [row for row, is_finite in enumerate(finite) if is_finite]
         return logits[rows], [sequences[row] for row in rows]
 
@@ -249,6 +252,7 @@ class Engine:
             wants_logits=scheduled.completes_input,
             still_wanted=lambda: sequence.is_running,
             fail=lambda error: self._fail([sequence], error),
+            readout=sequence.readout,
         )
 
     def _fail(self, sequences: Iterable[Sequence], error: MoeServerError) -> None:

@@ -89,6 +89,11 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     stop_token_ids: list[int] = []
     """Generation ends after any of these, too."""
     constraint: Constraint | None = None
+    targets: list[int] = []
+    """Tokens to be scored instead of generating. The logits of as many last tokens of the prompt
+    predict them: it ends with all of them but the last."""
+    pools: bool = False
+    """The mean of the last hidden states is wanted instead of a completion."""
     deadline: float | None = None
     """`time.monotonic()` after which nobody waits for the answer."""
     priority: int = 0
@@ -120,6 +125,14 @@ class Timings(msgspec.Struct):
     read_bytes: int = 0
 
 
+class TargetScore(msgspec.Struct, frozen=True, array_like=True):
+    """What the model thinks of one given token."""
+
+    logprob: float
+    is_greedy: bool
+    """True where it is the most likely one."""
+
+
 class TokenEvent(msgspec.Struct, frozen=True):
     """One generated token; the last one of a request carries its finish reason."""
 
@@ -131,6 +144,10 @@ class TokenEvent(msgspec.Struct, frozen=True):
     finish: FinishReason | None = None
     cached_tokens: int = 0
     """Prompt tokens that an earlier request's computation stood for."""
+    target_scores: list[TargetScore] = []
+    """Of the request's targets."""
+    embedding: list[float] = []
+    """The pooled hidden states, of length 1."""
     timings: Timings = msgspec.field(default_factory=Timings)
     """So far: the front door ends a request at a stop string, which the engine does not know."""
 

@@ -26,6 +26,7 @@ from moe_server.kv_cache import PagedKv
 from moe_server.layer_experts import LayerExperts
 from moe_server.mixtral import Mixtral
 from moe_server.offload.prefetch import LookAhead
+from moe_server.readout import ReadoutRows, ReadoutTaps
 from moe_server.slot_run import can_compute
 from moe_server.step import Step, StepInput, nothing
 from moe_server.weights import Weights
@@ -40,6 +41,7 @@ class Model:
         num_blocks: KV blocks.
         block_tokens: Tokens in a block.
         prefetch: Predict the next layer's experts.
+        readout_rows: As many rows of logits are held at a time beside those that are returned.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Model:
         num_blocks: int,
         block_tokens: int,
         prefetch: bool,
+        readout_rows: int = 1,
     ) -> None:
         self.cache = weights.cache
         self.checkpoint = checkpoint = weights.checkpoint
@@ -84,6 +87,7 @@ class Model:
         if weights.embedding is not None:
             self._embedding = StoredEmbedding(weights.embedding, self._dtype)
             self._module.set_submodule(EMBEDDING, self._embedding)
+        self._taps = ReadoutTaps(self._module, readout_rows)
         self.experts = LayerExperts(
             checkpoint, self.cache, activation, device, uses_slots=uses_slots
         )
@@ -149,6 +153,7 @@ class Model:
         spans: list[RequestSpan] = []
         kv_positions: list[int] = []
         last_rows: list[int] = []
+        readouts: list[ReadoutRows] = []
         for request in batch:
             first = request.num_context - len(request.token_ids)
             new_positions = range(first, request.num_context)
@@ -161,6 +166,9 @@ class Model:
                     block_table=self._tensor(request.block_table),
                 )
             )
+            if request.readout is not None:
+                num_new = len(request.token_ids)
+                readouts.append(ReadoutRows(request.readout, len(token_ids), first, num_new))
             token_ids.extend(request.token_ids)
             positions.extend(new_positions)
             kv_positions.extend(
@@ -173,6 +181,7 @@ class Model:
         self.experts.step = step = Step(batch, poll)
         if self._embedding is not None:
             self._embedding.step = step
+        self._taps.expect(readouts)
         output = self._forward(
             input_ids=self._tensor(token_ids)[None],
             position_ids=self._tensor(positions)[None],

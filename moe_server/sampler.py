@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_server.logprobs import Scores, log_softmax
 from moe_server.messages import Sampling
 from moe_server.sequence import Sequence
 
-Scores: TypeAlias = npt.NDArray[np.float32]
 Weights: TypeAlias = npt.NDArray[np.float64]
 """Unnormalised probabilities; the most likely token's is 1."""
 Ids: TypeAlias = npt.NDArray[np.int64]
@@ -169,9 +169,7 @@ def _with_logprobs(token_id: int, row: Scores, num_top: int) -> Sampled:
     """Adds log-probabilities before penalties, constraint, temperature and filters."""
     if num_top < 0:
         return Sampled(token_id)
-    logprobs: Weights = row.astype(np.float64)
-    logprobs -= logprobs.max()
-    logprobs -= np.log(np.exp(logprobs).sum())
+    logprobs = log_softmax(row)
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         largest = _largest(row, num_top)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from moe_server.constraints.matcher import Matcher
 from moe_server.messages import Submit, Timings
+from moe_server.readout import Readout
 
 
 @dataclass(slots=True)
@@ -29,10 +30,14 @@ class Sequence:
     """Written by the engine after each step; the queue's by the scheduler."""
     matcher: Matcher | None = None
     """What the request's constraint allows next. Set by the engine before it is queued."""
+    readout: Readout | None = None
+    """What it reads instead of generating. Filled by the model."""
 
     @classmethod
     def of(cls, request: Submit, now: float) -> "Sequence":
-        return cls(request, now, now, list(request.token_ids))
+        reads = request.targets or request.pools
+        readout = Readout(request) if reads else None
+        return cls(request, now, now, list(request.token_ids), readout=readout)
 
     @property
     def is_running(self) -> bool:

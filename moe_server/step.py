@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from moe_server.errors import MoeServerError
+from moe_server.readout import Readout
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class StepInput:
     """Turns false when the request has left: its results are of no use any more."""
     fail: Callable[[MoeServerError], None]
     """Called when one of its rows needs weights that cannot be read; it must leave then."""
+    readout: Readout | None = None
+    """What is read from its rows."""
 
 
 def nothing() -> None:
