@@ -33,6 +33,7 @@ from moe_server.messages import (
     Shutdown,
     StepDone,
     Submit,
+    TargetScore,
     Timings,
     ToEngine,
     TokenEvent,
@@ -135,12 +136,21 @@ class FakeEngine:
             return FinishReason.LENGTH
         return None
 
+    def score(self, submit: Submit) -> list[TargetScore]:
+        """The next token in order has a log-probability of -0.25, all others of -1.5."""
+        before = submit.token_ids[len(submit.token_ids) - len(submit.targets) :]
+        likely = [(token + 1) % self.options.vocab for token in before]
+        matches = [token == target for token, target in zip(likely, submit.targets, strict=True)]
+        return [TargetScore(-0.25 if is_likely else -1.5, is_likely) for is_likely in matches]
+
     def event(self, submit: Submit, token: int, finish: FinishReason | None) -> TokenEvent:
         n = submit.logprobs
         return TokenEvent(
             submit.request_id,
             token,
             logprob=None if n < 0 else -0.5,
+            target_scores=self.score(submit),
+            embedding=[0.6, 0.8] if submit.pools else [],
             top_logprobs=[(token + i, -0.5 - i) for i in range(max(n, 0))],
             finish=finish,
             cached_tokens=1,

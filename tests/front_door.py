@@ -98,6 +98,7 @@ class FrontDoor:
 
     def __post_init__(self) -> None:
         self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.scoring = generation_pb2_grpc.ScoringServiceStub(self.channel)
         self.tokenizer = generation_pb2_grpc.TokenizerServiceStub(self.channel)
         self.models = model_pb2_grpc.ModelServiceStub(self.channel)
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)

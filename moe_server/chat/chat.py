@@ -40,10 +40,10 @@ class TemplateChat:
     def prepare(self) -> None:
         """Nothing is left to do."""
 
-    def encode(self, messages: Sequence[Message], max_tokens: int) -> list[int]:
-        """The prompt of the assistant's next turn.
+    def encode(self, messages: Sequence[Message], max_tokens: int, answer: str = "") -> list[int]:
+        """The prompt of the assistant's next turn, and what that turn begins with.
 
-        Special tokens are the template's; what contents spell is text.
+        Special tokens are the template's; what contents and the answer spell is text.
 
         Raises:
             MoeServerError: As ChatTemplate.render and Tokenizer.encode do, for field `messages`.
@@ -56,6 +56,9 @@ class TemplateChat:
                 sections.append(self._special_ids[part])
             elif part:
                 sections.append(typed.restore(part))
+        # One text with what goes before: tokenised as the model would have written it.
+        before = sections.pop() if sections and isinstance(sections[-1], str) else ""
+        sections.append(f"{before}{answer}")
         encode = self._tokenizer.special.encode_sections
         assert encode is not None, "load_chat refuses tokenizers without it"
         try:
@@ -67,7 +70,7 @@ class TemplateChat:
 
 
 Chat: TypeAlias = TemplateChat | MistralV1Chat
-"""`prepare` (blocks; off the event loop), `is_prepared`, `encode(messages, max_tokens)`."""
+"""`prepare` (blocks; off the event loop), `is_prepared`, `encode(messages, max_tokens, answer)`."""
 
 
 def load_chat(path: Path, tokenizer: Tokenizer | None) -> Chat | None:

@@ -40,8 +40,10 @@ class MistralV1Chat:
 
                 self._tokenizer = MistralTokenizer.from_file(self._file)
 
-    def encode(self, messages: Sequence[Message], _max_tokens: int) -> list[int]:
-        """The prompt of the assistant's next turn. Blocks until prepared.
+    def encode(self, messages: Sequence[Message], _max_tokens: int, answer: str = "") -> list[int]:
+        """The prompt of the assistant's next turn, and what that turn begins with.
+
+        Blocks until prepared.
 
         System messages go before the first user message, neighbours of one role are one message.
 
@@ -68,4 +70,7 @@ class MistralV1Chat:
                 f"This checkpoint's chat format refuses the messages: {error}.", field="messages"
             ) from None
         token_ids: list[int] = encoded.tokens
-        return token_ids
+        if not answer:
+            return token_ids
+        text_tokenizer = self._tokenizer.instruct_tokenizer.tokenizer
+        return [*token_ids, *text_tokenizer.encode(answer, bos=False, eos=False)]

@@ -8,7 +8,6 @@ deadline, or by an error - leaving `admit` makes the engine forget it.
 import asyncio
 import hmac
 import secrets
-import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -18,11 +17,11 @@ from typing import TypeAlias
 from google.protobuf.duration_pb2 import Duration
 
 from moe_server.constraints.trials import Trials
-from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import FinishReason, Timings, TokenEvent
 from moe_server.open_requests import OpenRequest
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service import validation
+from moe_server.service.deadline import deadline_of
 from moe_server.service.prompts import Prompts
 from moe_server.service.registration import Context
 from moe_server.service.served_model import ServedModel
@@ -33,10 +32,6 @@ SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
 PROBE_METADATA_KEY = "x-moe-server-probe"
 """Carries a secret of this process: the warm-up's requests come before READY."""
-
-MAX_DEADLINE_MARGIN_S = 0.05
-"""We end a request this much before its deadline (or a tenth of the time, if that is less), so that
-the client hears from us which stage it had reached, not from its own timer that time is up."""
 
 FINISH_REASONS = {
     FinishReason.END_OF_SEQUENCE: pb.FINISH_REASON_END_OF_SEQUENCE,
@@ -124,23 +119,10 @@ class GenerationService:
             admit,
             self._id_prefix,
         )
-        remaining_s: float | None = context.time_remaining()
-        own_limit_s = deadline = None
-        if remaining_s is not None:
-            own_limit_s = remaining_s - min(MAX_DEADLINE_MARGIN_S, remaining_s / 10)
-            deadline = time.monotonic() + remaining_s
+        remedy = "Allow more time or ask for fewer tokens."
         with ExitStack() as places:
-            try:
-                async with asyncio.timeout(own_limit_s) as timer:
-                    await completion.run(request, places, deadline)
-            except TimeoutError:
-                if not timer.expired():
-                    raise
-                raise MoeServerError(
-                    f"The deadline passed while {completion.stage}.",
-                    "Allow more time or ask for fewer tokens.",
-                    reason=Reason.EXPIRED,
-                ) from None
+            async with deadline_of(context, lambda: completion.stage, remedy) as deadline:
+                await completion.run(request, places, deadline)
 
     def _is_probe(self, context: Context) -> bool:
         for key, value in context.invocation_metadata() or ():

@@ -16,7 +16,7 @@ from moe_server import __version__
 from moe_server.config import Config
 from moe_server.errors import MoeServerError
 from moe_server.patience import Patience
-from moe_server.service import admin, generation, health, models, tokenizer
+from moe_server.service import admin, generation, health, models, scoring, tokenizer
 from moe_server.service.prompts import Prompts
 from moe_server.service.registration import add_service, methods_of
 from moe_server.service.served_model import ServedModel
@@ -111,10 +111,17 @@ class Server:
             tokenizer.SERVICE.full_name,
             methods_of(tokenizer.TokenizerService(model, self._prompts), tokenizer.SERVICE),
         )
+        add_service(
+            main,
+            scoring.SERVICE.full_name,
+            methods_of(
+                scoring.ScoringService(self.supervisor, model, self._prompts), scoring.SERVICE
+            ),
+        )
         self._add_operator_services(
             main,
             model,
-            tuple(room.SERVICE.full_name for room in (generation, models, tokenizer)),
+            tuple(room.SERVICE.full_name for room in (generation, models, scoring, tokenizer)),
             trusts_all_peers=False,
         )
         if config.admin_listen:

@@ -23,7 +23,14 @@ from moe_server.tokenizer import Tokenizer
 AnyGenerateRequest: TypeAlias = (
     generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
 )
-AnyPromptRequest: TypeAlias = AnyGenerateRequest | generation_pb2.TokenizeRequest
+AnyPromptRequest: TypeAlias = (
+    AnyGenerateRequest
+    | generation_pb2.TokenizeRequest
+    | generation_pb2.ScoreRequest
+    | generation_pb2.ClassifyRequest
+    | generation_pb2.EmbedRequest
+    | generation_pb2.Prompt
+)
 Prompt: TypeAlias = str | list[int] | tuple[Message, ...]
 """Text or a conversation, still to be tokenised, or token ids."""
 

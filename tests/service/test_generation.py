@@ -407,7 +407,7 @@ async def test_a_conversation_that_must_be_prepared_holds_up_nobody():
             go.wait(WAIT_S)
             self.is_prepared = True
 
-        def encode(self, messages, _max_tokens):
+        def encode(self, messages, _max_tokens, _answer):
             go.wait(WAIT_S)
             return [len(messages)]
 

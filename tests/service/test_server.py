@@ -97,6 +97,7 @@ async def test_reflection_lists_the_services(door):
     assert names == {
         "moe_server.v1.GenerationService",
         "moe_server.v1.ModelService",
+        "moe_server.v1.ScoringService",
         "moe_server.v1.TokenizerService",
         "moe_server.v1.AdminService",
         "grpc.health.v1.Health",

@@ -277,3 +277,171 @@ class TokenizerService(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ScoringServiceStub(object):
+    """How likely given texts are, and what a text is about; nothing is generated. Details of failures as in
+    GenerationService. Results do not depend on what else the server computes.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Score = channel.unary_unary(
+                '/moe_server.v1.ScoringService/Score',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/moe_server.v1.ScoringService/Classify',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/moe_server.v1.ScoringService/Embed',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+
+
+class ScoringServiceServicer(object):
+    """How likely given texts are, and what a text is about; nothing is generated. Details of failures as in
+    GenerationService. Results do not depend on what else the server computes.
+    """
+
+    def Score(self, request, context):
+        """The log-likelihood of continuations of a prompt. What they have in common is computed once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Classify(self, request, context):
+        """The probabilities of labels as continuations of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """The mean of the last hidden states (after the final norm) of all tokens of a prompt, scaled to
+        length 1.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ScoringServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ClassifyRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ClassifyResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'moe_server.v1.ScoringService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('moe_server.v1.ScoringService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class ScoringService(object):
+    """How likely given texts are, and what a text is about; nothing is generated. Details of failures as in
+    GenerationService. Results do not depend on what else the server computes.
+    """
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_server.v1.ScoringService/Score',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_server.v1.ScoringService/Classify',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ClassifyRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moe_server.v1.ScoringService/Embed',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
