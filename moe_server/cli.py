@@ -29,6 +29,8 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 COMMANDS = {
     "serve": "moe_server.commands.serve:serve",
     "generate": "moe_server.commands.generate:generate",
+    "score": "moe_server.commands.score:score",
+    "classify": "moe_server.commands.score:classify",
     "warmup": "moe_server.commands.warmup:warmup",
     "status": "moe_server.commands.operate:status",
     "drain": "moe_server.commands.operate:drain",

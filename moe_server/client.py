@@ -78,6 +78,7 @@ class Client:
         )
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._scoring = generation_pb2_grpc.ScoringServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._tokenizer = generation_pb2_grpc.TokenizerServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
@@ -145,6 +146,80 @@ class Client:
                 yield from call
             finally:
                 call.cancel()
+
+    def score(
+        self,
+        prompt: str | Sequence[int] | Messages,
+        continuations: Sequence[str | Sequence[int]],
+        *,
+        timeout_s: float | None = None,
+    ) -> generation_pb2.ScoreResponse:
+        """The log-likelihood of each continuation after the prompt.
+
+        Args:
+            prompt: Text, token ids or messages.
+            continuations: Texts, each as it is written, or token ids.
+            timeout_s: The deadline; absent: none.
+
+        Raises:
+            MoeServerError: As `generate_stream`.
+        """
+        request = generation_pb2.ScoreRequest()
+        _set_prompt(request, prompt)
+        for continuation in continuations:
+            added = request.continuations.add()
+            if isinstance(continuation, str):
+                added.text = continuation
+            else:
+                added.token_ids.ids.extend(continuation)
+        with self._readable_errors():
+            response: generation_pb2.ScoreResponse = self._scoring.Score(request, timeout=timeout_s)
+            return response
+
+    def classify(
+        self,
+        prompt: str | Messages,
+        labels: Sequence[str],
+        *,
+        normalizes_length: bool = False,
+        content_free_prompts: Sequence[str | Messages] = (),
+        timeout_s: float | None = None,
+    ) -> generation_pb2.ClassifyResponse:
+        """The probability of each label after the prompt.
+
+        Args:
+            prompt: Text or messages.
+            labels: Each as it is written: most begin with a space.
+            normalizes_length: Compares log-likelihoods per token.
+            content_free_prompts: The prompt with an input that says nothing, to calibrate with.
+            timeout_s: The deadline; absent: none.
+
+        Raises:
+            MoeServerError: As `generate_stream`.
+        """
+        request = generation_pb2.ClassifyRequest(labels=labels, normalizes_length=normalizes_length)
+        _set_prompt(request, prompt)
+        for content_free in content_free_prompts:
+            _set_prompt(request.content_free_prompts.add(), content_free)
+        with self._readable_errors():
+            response: generation_pb2.ClassifyResponse = self._scoring.Classify(
+                request, timeout=timeout_s
+            )
+            return response
+
+    def embed(
+        self, prompt: str | Sequence[int] | Messages, *, timeout_s: float | None = None
+    ) -> list[float]:
+        """The mean of the prompt's last hidden states, of length 1.
+
+        Raises:
+            MoeServerError: As `generate_stream`.
+        """
+        request = generation_pb2.EmbedRequest()
+        _set_prompt(request, prompt)
+        with self._readable_errors():
+            response: generation_pb2.EmbedResponse = self._scoring.Embed(request, timeout=timeout_s)
+            return list(response.embedding)
 
     def tokenize(self, prompt: str | Messages) -> list[int]:
         """The token ids that generation makes of a text or of messages."""

@@ -114,6 +114,34 @@ async def test_generate_chat():
         assert "--system goes with --chat" in result.stderr
 
 
+async def test_score_and_classify(door):
+    result = await against(door, "score", "ab", "cd", "ce")
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["'cd'", "-0.5000", "2", "tokens", "greedy"],
+        ["'ce'", "-1.7500", "2", "tokens"],
+    ]
+    result = await against(door, "score", "ab", "c", "--json")
+    assert json.loads(result.stdout)["scores"][0]["tokens"][0]["logprob"] == -0.25
+    result = await against(door, "classify", "ab", "x", "c")
+    assert result.stdout == "'c'  0.7773\n'x'  0.2227\n"
+    options = ["--per-token", "--content-free", "b", "--json"]
+    answer = json.loads((await against(door, "classify", "ab", "x", "c", *options)).stdout)
+    assert [label["probability"] for label in answer["labels"]] == pytest.approx([0.5, 0.5])
+    result = await against(door, "classify", "ab", "x")
+    assert result.exit_code == cli.EXIT_ERROR
+    assert "expected 2 to 128" in result.stderr
+
+
+async def test_the_client_embeds_and_scores_token_ids(door):
+    def ask() -> tuple[list[float], float]:
+        with Client(door.server.address) as client:
+            return client.embed([1, 2]), client.score([1], [[2, 3]]).scores[0].logprob
+
+    embedding, logprob = await asyncio.to_thread(ask)
+    assert embedding == pytest.approx([0.6, 0.8])
+    assert logprob == -0.5
+
+
 async def test_the_client_tokenises_and_detokenises():
     async with front_door(model=make_model(chat=letters_chat())) as door:
 
@@ -189,6 +217,8 @@ async def test_generate_takes_constraints(door, tmp_path):
         (["generate", "--token-ids", "1,x"], "1,x"),
         (["generate", "a", "--temperature", "-1"], "temperature is -1"),
         (["generate", "\udcff"], "UTF-8"),
+        (["score", "a", "\udcff"], "A continuation is not valid UTF-8"),
+        (["classify", "\udcff", "a", "b"], "TEXT is not valid UTF-8"),
         (["generate", "a", "--timeout", "-1"], "--timeout"),
         (["generate", "a", "--timeout", "nan"], "not a finite number"),
         (["drain", "--wait", "inf"], "--wait"),

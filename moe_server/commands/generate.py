@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from moe_server.client import Client, Messages
 from moe_server.commands.finite import POSITIVE_SECONDS
 from moe_server.commands.format import format_bytes, format_seconds, print_table
+from moe_server.commands.text import checked
 from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
@@ -185,19 +186,11 @@ def _prompt(
     if token_ids is not None:
         return _parse_ids(token_ids)
     if text is not None:
-        return _checked(text, "TEXT")
+        return checked(text, "TEXT")
     messages = (
-        [] if system is None else [{"role": "system", "content": _checked(system, "--system")}]
+        [] if system is None else [{"role": "system", "content": checked(system, "--system")}]
     )
-    return [*messages, {"role": "user", "content": _checked(chat or "", "--chat")}]
-
-
-def _checked(text: str, name: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise MoeServerError(f"{name} is not valid UTF-8.") from None
-    return text
+    return [*messages, {"role": "user", "content": checked(chat or "", "--chat")}]
 
 
 def _text_or_file(value: str | None, option: str) -> str | None:
