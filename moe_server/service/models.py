@@ -27,7 +27,7 @@ class ModelService:
             num_parameters=model.num_parameters,
             has_tokenizer=model.tokenizer is not None,
             num_active_parameters=model.num_active_parameters,
-            has_chat_template=model.chat is not None,
+            accepts_messages=model.chat is not None,
         )
         self._served = model
 

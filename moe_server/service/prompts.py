@@ -1,8 +1,4 @@
-"""A request's prompt to token ids, without holding up the event loop.
-
-One for all services of a server, so that together they tokenise a bounded number of long prompts at
-a time.
-"""
+"""A request's prompt to token ids, without holding up the event loop."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -17,17 +13,19 @@ from moe_server.service.served_model import ServedModel
 MAX_INLINE_CHARS = 2000
 """Longer prompts are tokenised on a thread; shorter ones cost less than the hand-over."""
 
-MAX_TOKENISING = 2
-"""Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
-
 
 class Prompts:
-    """Checks and encodes the prompts of one model."""
+    """Checks and encodes the prompts of one model.
 
-    def __init__(self, model: ServedModel) -> None:
+    Args:
+        model: What they are for.
+        at_once: Long prompts that are tokenised side by side; further ones wait.
+    """
+
+    def __init__(self, model: ServedModel, at_once: int) -> None:
         self._model = model
         # Not a semaphore: the thread of a request that was cancelled works on, and still counts.
-        self._threads = ThreadPoolExecutor(MAX_TOKENISING, thread_name_prefix="tokenise")
+        self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="tokenise")
 
     def prepare(self) -> None:
         """Begins to load, on a thread, what the first conversation would wait for."""

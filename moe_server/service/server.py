@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 MAX_SEND_BYTES = 64 * 2**20
 """A gathered completion with 20 alternatives per token stays far below."""
+MAX_TOKENISING = 2
+"""Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
 CLOSE_GRACE_S = 1.0
 """For RPCs that outlive the drain: watches, and requests past the grace period."""
 
@@ -91,7 +93,7 @@ class Server:
         self.supervisor = Supervisor(
             config, self.warm_up.prove, engine_command, patience, introduction
         )
-        self._prompts = Prompts(model)
+        self._prompts = Prompts(model, MAX_TOKENISING)
         generation_service = generation.GenerationService(
             self.supervisor, model, self._prompts, probe_secret
         )
@@ -109,7 +111,7 @@ class Server:
         add_service(
             main,
             tokenizer.SERVICE.full_name,
-            methods_of(tokenizer.TokenizerService(model, self._prompts), tokenizer.SERVICE),
+            methods_of(tokenizer.TokenizerService(model), tokenizer.SERVICE),
         )
         add_service(
             main,

@@ -10,19 +10,34 @@ from moe_server.service.validation import check_model
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"]
 
 
-class TokenizerService:
-    """The servicer."""
+MAX_AT_ONCE = 64
+"""Calls that are worked on or wait: they take no place of a request; nothing else bounds them."""
 
-    def __init__(self, model: ServedModel, prompts: Prompts) -> None:
+
+class TokenizerService:
+    """The servicer. Its long prompts wait for one another, and generation for none of them."""
+
+    def __init__(self, model: ServedModel) -> None:
         self._model = model
-        self._prompts = prompts
+        self._prompts = Prompts(model, at_once=1)
+        self._num_open = 0
 
     async def Tokenize(  # noqa: N802  # named by the protocol
         self, request: pb.TokenizeRequest, _context: Context
     ) -> pb.TokenizeResponse:
         """A prompt's ids."""
         check_model(request.model, self._model)
-        return pb.TokenizeResponse(token_ids=await self._prompts.encode(request))
+        if self._num_open >= MAX_AT_ONCE:
+            raise MoeServerError(
+                f"{MAX_AT_ONCE} calls of Tokenize are open, which is the bound.",
+                "Try again later.",
+                reason=Reason.EXHAUSTED,
+            )
+        self._num_open += 1
+        try:
+            return pb.TokenizeResponse(token_ids=await self._prompts.encode(request))
+        finally:
+            self._num_open -= 1
 
     async def Detokenize(  # noqa: N802  # named by the protocol
         self, request: pb.DetokenizeRequest, _context: Context

@@ -1,12 +1,17 @@
 """The tokenizer service: 0..25 are letters, 26 is a space, 99 is special."""
 
+import threading
+
 import grpc
 import pytest
 import pytest_asyncio
 
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
+from moe_server.service.prompts import MAX_INLINE_CHARS
+from moe_server.service.tokenizer import MAX_AT_ONCE
 from moe_server.state import ServerState
-from tests.front_door import failure, front_door, letters_chat, make_model
+from moe_server.tokenizer import Tokenizer
+from tests.front_door import WAIT_S, failure, front_door, letters_chat, make_model
 from tests.front_door import request as make
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -64,6 +69,31 @@ async def test_a_template_s_refusal_is_the_caller_s_fault():
     assert failed.code == grpc.StatusCode.INVALID_ARGUMENT
     assert failed.details[0].field_violations[0].field == "messages"
     assert "Only cats." in failed.message
+
+
+async def test_calls_are_bounded_and_hold_up_no_generation():
+    go = threading.Event()
+
+    def encode(text: str, _max_tokens: int) -> list[int]:
+        if len(text) > MAX_INLINE_CHARS and not text.endswith("b"):
+            go.wait(WAIT_S)
+        return [len(text) % 50]
+
+    tokenizer = Tokenizer(encode, [b"x" * 1000] * 100, adds_leading_space=False)
+    async with front_door(model=make_model(tokenizer=tokenizer)) as door:
+        long_text = "a" * (MAX_INLINE_CHARS + 1)
+        calls = [door.tokenizer.Tokenize(prompt(long_text)) for _ in range(MAX_AT_ONCE)]
+        while True:
+            late = door.tokenizer.Tokenize(prompt("a"))
+            if await late.code() == grpc.StatusCode.RESOURCE_EXHAUSTED:
+                break
+        failed = await failure(door.tokenizer.Tokenize(prompt("a")))
+        assert failed.details[0].retry_delay.seconds > 0
+        request = make(long_text[1:] + "b", pb.GenerateRequest, max_new_tokens=1)
+        assert list((await door.generation.Generate(request)).token_ids) == [2]
+        go.set()
+        for call in calls:
+            assert list((await call).token_ids) == [1]
 
 
 async def test_too_many_ids_are_refused(door):

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*moe_server/proto/moe_server/v1/model.proto\x12\rmoe_server.v1\"\x9b\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x1d\n\x15num_experts_per_token\x18\x08 \x01(\r\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\x1d\n\x15num_active_parameters\x18\x0b \x01(\x04\x12\x19\n\x11has_chat_template\x18\x0c \x01(\x08\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.moe_server.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.moe_server.v1.Model2\xae\x01\n\x0cModelService\x12Q\n\nListModels\x12 .moe_server.v1.ListModelsRequest\x1a!.moe_server.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.moe_server.v1.GetModelRequest\x1a\x1f.moe_server.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*moe_server/proto/moe_server/v1/model.proto\x12\rmoe_server.v1\"\x9a\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x05 \x01(\r\x12\x12\n\nnum_layers\x18\x06 \x01(\r\x12\x13\n\x0bnum_experts\x18\x07 \x01(\r\x12\x1d\n\x15num_experts_per_token\x18\x08 \x01(\r\x12\x16\n\x0enum_parameters\x18\t \x01(\x04\x12\x15\n\rhas_tokenizer\x18\n \x01(\x08\x12\x1d\n\x15num_active_parameters\x18\x0b \x01(\x04\x12\x18\n\x10\x61\x63\x63\x65pts_messages\x18\x0c \x01(\x08\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.moe_server.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.moe_server.v1.Model2\xae\x01\n\x0cModelService\x12Q\n\nListModels\x12 .moe_server.v1.ListModelsRequest\x1a!.moe_server.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.moe_server.v1.GetModelRequest\x1a\x1f.moe_server.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moe_server.proto.moe_server
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL']._serialized_start=62
-  _globals['_MODEL']._serialized_end=345
-  _globals['_LISTMODELSREQUEST']._serialized_start=347
-  _globals['_LISTMODELSREQUEST']._serialized_end=366
-  _globals['_LISTMODELSRESPONSE']._serialized_start=368
-  _globals['_LISTMODELSRESPONSE']._serialized_end=426
-  _globals['_GETMODELREQUEST']._serialized_start=428
-  _globals['_GETMODELREQUEST']._serialized_end=459
-  _globals['_GETMODELRESPONSE']._serialized_start=461
-  _globals['_GETMODELRESPONSE']._serialized_end=516
-  _globals['_MODELSERVICE']._serialized_start=519
-  _globals['_MODELSERVICE']._serialized_end=693
+  _globals['_MODEL']._serialized_end=344
+  _globals['_LISTMODELSREQUEST']._serialized_start=346
+  _globals['_LISTMODELSREQUEST']._serialized_end=365
+  _globals['_LISTMODELSRESPONSE']._serialized_start=367
+  _globals['_LISTMODELSRESPONSE']._serialized_end=425
+  _globals['_GETMODELREQUEST']._serialized_start=427
+  _globals['_GETMODELREQUEST']._serialized_end=458
+  _globals['_GETMODELRESPONSE']._serialized_start=460
+  _globals['_GETMODELRESPONSE']._serialized_end=515
+  _globals['_MODELSERVICE']._serialized_start=518
+  _globals['_MODELSERVICE']._serialized_end=692
 # @@protoc_insertion_point(module_scope)

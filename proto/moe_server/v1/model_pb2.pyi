@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Model(_message.Message):
-    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_context_tokens", "num_layers", "num_experts", "num_experts_per_token", "num_parameters", "has_tokenizer", "num_active_parameters", "has_chat_template")
+    __slots__ = ("name", "architecture", "dtype", "vocab_size", "max_context_tokens", "num_layers", "num_experts", "num_experts_per_token", "num_parameters", "has_tokenizer", "num_active_parameters", "accepts_messages")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -19,7 +19,7 @@ class Model(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     HAS_TOKENIZER_FIELD_NUMBER: _ClassVar[int]
     NUM_ACTIVE_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
-    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTS_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     dtype: str
@@ -31,8 +31,8 @@ class Model(_message.Message):
     num_parameters: int
     has_tokenizer: bool
     num_active_parameters: int
-    has_chat_template: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_experts_per_token: _Optional[int] = ..., num_parameters: _Optional[int] = ..., has_tokenizer: bool = ..., num_active_parameters: _Optional[int] = ..., has_chat_template: bool = ...) -> None: ...
+    accepts_messages: bool
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_context_tokens: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_experts: _Optional[int] = ..., num_experts_per_token: _Optional[int] = ..., num_parameters: _Optional[int] = ..., has_tokenizer: bool = ..., num_active_parameters: _Optional[int] = ..., accepts_messages: bool = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
