@@ -223,8 +223,7 @@ class Scheduler:
 
     def _shared(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
         """The published blocks that a waiting request can begin with, and the next one's key."""
-        # At least one token has to be computed: the next one is sampled from its logits.
-        keys = sequence.block_keys[: (len(sequence.token_ids) - 1) // self.block_tokens]
+        keys = sequence.block_keys[: sequence.num_reusable // self.block_tokens]
         found = self.blocks.find(keys)
         next_key = keys[len(found)] if len(found) < len(keys) else None
         # Attention goes on where a tile would have begun.

@@ -53,6 +53,13 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_reusable(self) -> int:
+        """Its first tokens whose keys and values are all that is needed of them."""
+        # At least one has to be computed: the next token is sampled from its logits.
+        latest = len(self.token_ids) - 1
+        return latest if self.readout is None else min(latest, self.readout.num_reusable)
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens still to be run through the model: 1 while decoding, more while prefilling."""
         return len(self.token_ids) - self.num_computed

@@ -107,7 +107,7 @@ async def test_generate_chat():
         options = ["--system", "ab", "--max-new-tokens", "3"]
         result = await against(door, "generate", "--chat", "c", *options)
         assert result.stdout == "abc\n"
-        assert "5 prompt + 3 new" in result.stderr
+        assert "5 prompt (1 cached) + 3 new" in result.stderr
         result = await against(door, "generate", "--chat", "c", "text")
         assert "one of TEXT, --token-ids and --chat" in result.stderr
         result = await against(door, "generate", "text", "--system", "c")

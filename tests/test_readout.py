@@ -16,6 +16,7 @@ from moe_server.messages import Sampling, StepDone, Submit, TokenEvent
 from moe_server.readout import MAX_HIDDEN, Readout
 from tests.driver import run, running_engine, token_ids
 from tests.test_architectures import COMMON, CONFIGS, write
+from tests.test_schedules import count_rows
 from tests.tiny import Tiny
 
 TINY = Tiny(dtype="bfloat16", seed=60, vocab=90)
@@ -134,7 +135,7 @@ def test_answers_do_not_depend_on_the_schedule(seed: int, tmp_path: Path) -> Non
     path = TINY.write(tmp_path)
     stem = tokens(choose, TINY.vocab, 60, 60)
     requests: list[Submit] = []
-    for number in range(24):
+    for number in range(36):
         prompt = stem[: choose.randint(30, 60)] + tokens(choose, TINY.vocab, 1, 6)
         kind = choose.randrange(3)
         if kind == 0:
@@ -144,11 +145,13 @@ def test_answers_do_not_depend_on_the_schedule(seed: int, tmp_path: Path) -> Non
         else:
             requests.append(Submit(number, prompt, 50, [], Sampling(), logprobs=0))
     readouts = [request for request in requests if request.targets or request.pools]
-    with running_engine(path) as engine:
+    with running_engine(path, **{"scheduler.reuse_prefixes": False}) as engine:
         alone = {one.request_id: told(run(engine, [one])[0]) for one in readouts}
     flags = {"scheduler.max_batch_tokens": choose.choice([33, 64, 512])}
-    with running_engine(path, device_memory="min", max_total_tokens=160, **flags) as engine:
+    with running_engine(path, device_memory="min", max_total_tokens=120, **flags) as engine:
         answers = run_shuffled(engine, requests, choose)
+        assert engine.scheduler.counters.preemptions > 0
+        assert engine.scheduler.counters.cached_tokens > 0
     assert answers == alone
 
 
@@ -164,11 +167,27 @@ def run_shuffled(
                 answers[event.request_id] = told([event])
 
     while to_come or not engine.idle:
-        while to_come and choose.random() < 0.5:
+        while to_come and choose.random() < 0.9:
             engine.submit(to_come.pop(0))
         take(engine.step())
         engine.scheduler.check_integrity()
     return answers
+
+
+def test_what_continuations_share_is_computed_once(tmp_path: Path) -> None:
+    path, prompt = TINY.write(tmp_path), [number % TINY.vocab for number in range(100)]
+    with running_engine(path) as engine:
+        rows = count_rows(engine)
+        answers = run(engine, [scoring(number, prompt, [number, 5]) for number in range(6)])
+        assert [events[-1].cached_tokens for events in answers] == [0, *[96] * 5]
+        assert sum(rows) == 101 + 5 * 5
+        # All hidden states of a pooled prompt are needed; what it computes serves others.
+        [pooled] = run(engine, [embedding(7, prompt)])
+        assert pooled[-1].cached_tokens == 0
+        # Of a long continuation the first target's row is needed, behind 40 tokens.
+        [long] = run(engine, [scoring(8, prompt[:40], prompt[40:])])
+        assert long[-1].cached_tokens == 32
+        assert len(long[-1].target_scores) == 60
 
 
 def test_logits_of_many_rows_are_taken_a_few_at_a_time(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from moe_server.service.prompts import Prompts
 from moe_server.service.registration import Context
 from moe_server.service.scoring_validation import check_continuations, check_labels, check_lengths
 from moe_server.service.served_model import ServedModel
-from moe_server.service.validation import AnyPromptRequest, check_model
+from moe_server.service.validation import AnyPromptRequest, check_model, check_priority
 from moe_server.supervisor import Supervisor
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ScoringService"]
@@ -41,7 +41,7 @@ class ScoringService:
         self, request: pb.ScoreRequest, context: Context
     ) -> pb.ScoreResponse:
         """Continuations of one prompt."""
-        call = _Call(self._supervisor, self._model, self._prompts)
+        call = _Call(self._supervisor, self._model, self._prompts, request.priority)
         async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
             with self._supervisor.admit() as place:
                 check_model(request.model, self._model)
@@ -56,7 +56,7 @@ class ScoringService:
         self, request: pb.ClassifyRequest, context: Context
     ) -> pb.ClassifyResponse:
         """Labels after one prompt."""
-        call = _Call(self._supervisor, self._model, self._prompts)
+        call = _Call(self._supervisor, self._model, self._prompts, request.priority)
         content_free = []
         async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
             with self._supervisor.admit() as place:
@@ -95,7 +95,7 @@ class ScoringService:
         self, request: pb.EmbedRequest, context: Context
     ) -> pb.EmbedResponse:
         """One prompt's mean hidden state."""
-        call = _Call(self._supervisor, self._model, self._prompts)
+        call = _Call(self._supervisor, self._model, self._prompts, request.priority)
         async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
             with self._supervisor.admit() as place:
                 check_model(request.model, self._model)
@@ -122,10 +122,13 @@ class _Scored:
 class _Call:
     """One call on its way; `stage` says how far it has come, for people."""
 
-    def __init__(self, supervisor: Supervisor, model: ServedModel, prompts: Prompts) -> None:
+    def __init__(
+        self, supervisor: Supervisor, model: ServedModel, prompts: Prompts, priority: int
+    ) -> None:
         self._supervisor = supervisor
         self._model = model
         self._prompts = prompts
+        self._priority = check_priority(priority)
         self._num_read = 0
         self.stage = "its prompt was tokenised"
         self.usage = pb.Usage()
@@ -151,8 +154,15 @@ class _Call:
                     with self._supervisor.admit() as later_place:
                         return await read(whole, later_place)
             targets = whole[start:]
+            # Nothing is generated; the token that every request ends with is nobody's.
             submit = Submit(
-                own_place.request_id, whole[:-1], 1, [], targets=targets, deadline=deadline
+                own_place.request_id,
+                whole[:-1],
+                1,
+                [],
+                targets=targets,
+                deadline=deadline,
+                priority=self._priority,
             )
             event = await self._last_event(own_place, submit)
             self.usage.completion_tokens += len(targets)
@@ -178,7 +188,15 @@ class _Call:
                 field="prompt",
             )
         self.usage.prompt_tokens += len(token_ids)
-        submit = Submit(place.request_id, token_ids, 1, [], pools=True, deadline=deadline)
+        submit = Submit(
+            place.request_id,
+            token_ids,
+            1,
+            [],
+            pools=True,
+            deadline=deadline,
+            priority=self._priority,
+        )
         return (await self._last_event(place, submit)).embedding
 
     async def _last_event(self, place: OpenRequest, submit: Submit) -> TokenEvent:
@@ -187,6 +205,7 @@ class _Call:
         async for events in place:
             if events[-1].finish is not None:
                 self._num_read += 1
+                self.usage.cached_tokens += events[-1].cached_tokens
                 self.stage = f"{self._num_read} of its prompts were computed"
                 return events[-1]
         raise AssertionError("the iteration raises where there is no last event")

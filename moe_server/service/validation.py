@@ -97,7 +97,7 @@ def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
         logprobs=_logprobs(request.output, model),
         num_samples=_num_samples(request.sampling.num_samples, sampling),
         constraint=_constraint(request, model),
-        priority=_priority(request.priority),
+        priority=check_priority(request.priority),
     )
 
 
@@ -357,7 +357,12 @@ def _logprobs(output: generation_pb2.Output, model: ServedModel) -> int:
     return 0 if output.logprobs else -1
 
 
-def _priority(priority: int) -> int:
+def check_priority(priority: int) -> int:
+    """The priority itself.
+
+    Raises:
+        MoeServerError: INVALID.
+    """
     if abs(priority) > MAX_PRIORITY:
         raise MoeServerError(
             f"priority is {priority}; expected {-MAX_PRIORITY} to {MAX_PRIORITY}.", field="priority"

@@ -171,6 +171,7 @@ REFUSALS = [
     (classify([1], "b", "c"), "labels[0]", "the prompt is token ids"),
     (classify("a", "b", "c", content_free=["a"] * 9), "content_free_prompts", "at most 8"),
     (classify("a", "b", "c", content_free=["x", ""]), "content_free_prompts[1].text", "empty"),
+    (score("a", "b", priority=11), "priority", "expected -10 to 10"),
     (embed(""), "text", "empty"),
     (embed([1] * 64), "prompt", "64 tokens; at most 63"),
 ]
