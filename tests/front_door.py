@@ -14,8 +14,8 @@ from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 
 from moe_server.budget import plan_memory
-from moe_server.chat.chat import TemplateChat
 from moe_server.chat.template import ChatTemplate
+from moe_server.chat.template_chat import TemplateChat
 from moe_server.checkpoint import read_checkpoint
 from moe_server.config import Config, SchedulerConfig, WarmupConfig
 from moe_server.patience import Patience

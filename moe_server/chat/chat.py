@@ -5,75 +5,31 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from moe_server.chat.message import Message
 from moe_server.chat.mistral_v1 import SHA256 as MISTRAL_V1_SHA256
 from moe_server.chat.mistral_v1 import MistralV1Chat
-from moe_server.chat.template import ChatTemplate
-from moe_server.chat.typed_text import SpecialNames, TypedText
 from moe_server.errors import MoeServerError, Reason
 from moe_server.json_file import read_json
 from moe_server.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from moe_server.chat.template import ChatTemplate
+    from moe_server.chat.template_chat import TemplateChat
 
 TEMPLATE_FILE = "chat_template.jinja"
 CONFIG_FILE = "tokenizer_config.json"
 NO_LIMIT = 2**31
 
 
-class TemplateChat:
-    """Encodes conversations by the checkpoint's own template."""
-
-    is_prepared = True
-
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
-        self._template = template
-        self._tokenizer = tokenizer
-        self._special_ids = tokenizer.special.ids
-        self._names = SpecialNames(self._special_ids)
-        self._longest_token_chars = max(
-            tokenizer.longest_token_bytes, *map(len, self._special_ids), 1
-        )
-
-    def prepare(self) -> None:
-        """Nothing is left to do."""
-
-    def encode(self, messages: Sequence[Message], max_tokens: int, answer: str = "") -> list[int]:
-        """The prompt of the assistant's next turn, and what that turn begins with.
-
-        Special tokens are the template's; what contents and the answer spell is text.
-
-        Raises:
-            MoeServerError: As ChatTemplate.render and Tokenizer.encode do, for field `messages`.
-        """
-        typed = TypedText(self._names, messages, self._template.source)
-        rendered = self._template.render(typed.messages, max_tokens * self._longest_token_chars)
-        sections: list[str | int] = []
-        for index, part in enumerate(self._names.split(rendered)):
-            if index % 2:
-                sections.append(self._special_ids[part])
-            elif part:
-                sections.append(typed.restore(part))
-        # One text with what goes before: tokenised as the model would have written it.
-        before = sections.pop() if sections and isinstance(sections[-1], str) else ""
-        sections.append(f"{before}{answer}")
-        encode = self._tokenizer.special.encode_sections
-        assert encode is not None, "load_chat refuses tokenizers without it"
-        try:
-            return encode(sections, max_tokens)
-        except MoeServerError as error:
-            raise MoeServerError(
-                error.message, error.remedy, reason=error.reason, field="messages"
-            ) from None
-
-
-Chat: TypeAlias = TemplateChat | MistralV1Chat
+Chat: TypeAlias = "TemplateChat | MistralV1Chat"
 """`prepare` (blocks; off the event loop), `is_prepared`, `encode(messages, max_tokens, answer)`."""
 
 
-def load_chat(path: Path, tokenizer: Tokenizer | None) -> Chat | None:
+def load_chat(path: Path, tokenizer: Tokenizer | None) -> "Chat | None":
     """How the checkpoint directory `path` wants conversations; None where it does not say.
 
     A template comes first. But where it is only the stock template of Mistral's first tokenizer,
@@ -89,15 +45,30 @@ def load_chat(path: Path, tokenizer: Tokenizer | None) -> Chat | None:
     sentencepiece_file = path / "tokenizer.model"
     if _is_mistral_v1(sentencepiece_file) and (template is None or _is_stock(template)):
         return MistralV1Chat(sentencepiece_file)
-    return None if template is None else TemplateChat(template, tokenizer)
+    if template is None:
+        return None
+    from moe_server.chat.template_chat import TemplateChat  # noqa: PLC0415
+
+    return TemplateChat(template, tokenizer)
 
 
-def _load_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None:
-    names = _special_names(config, is_sentencepiece=(path / "tokenizer.model").is_file())
+def _load_template(path: Path, config: Mapping[str, Any]) -> "ChatTemplate | None":
+    source, origin = _template_source(path, config)
+    if source is None:
+        return None
+    # It brings jinja2 along, a tenth of a second of a start.
+    from moe_server.chat.template import ChatTemplate  # noqa: PLC0415
+
+    is_sentencepiece = (path / "tokenizer.model").is_file()
+    return ChatTemplate(source, origin, _special_names(config, is_sentencepiece=is_sentencepiece))
+
+
+def _template_source(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The template and where it stands."""
     file = path / TEMPLATE_FILE
     if file.is_file():
         try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), str(file), names)
+            return file.read_text(encoding="utf-8"), str(file)
         except (OSError, UnicodeDecodeError) as error:
             raise MoeServerError(f"Cannot read {file}: {error}.", "Copy the file again.") from None
     origin = str(path / CONFIG_FILE)
@@ -111,7 +82,7 @@ def _load_template(path: Path, config: Mapping[str, Any]) -> ChatTemplate | None
                 reason=Reason.UNSUPPORTED,
             )
         source = named["default"]
-    return None if source is None else ChatTemplate(str(source), origin, names)
+    return None if source is None else str(source), origin
 
 
 def _special_names(config: Mapping[str, Any], *, is_sentencepiece: bool) -> dict[str, str]:
@@ -129,7 +100,7 @@ def _is_mistral_v1(file: Path) -> bool:
     return file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == MISTRAL_V1_SHA256
 
 
-def _is_stock(template: ChatTemplate) -> bool:
+def _is_stock(template: "ChatTemplate") -> bool:
     """Whether it writes what Mistral's stock templates do; they differ in blanks only."""
     turns = [Message("user", "U"), Message("assistant", "A"), Message("user", "V")]
     system = Message("system", "S")

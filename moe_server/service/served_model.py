@@ -33,7 +33,7 @@ class ServedModel:
     """Most tokens of prompt and completion together."""
     default_max_new_tokens: int
     tokenizer: Tokenizer | None
-    chat: Chat | None
+    chat: "Chat | None"
     """How conversations become token ids; None where the checkpoint does not say."""
     memory: MemoryPlan
 
@@ -44,7 +44,7 @@ class ServedModel:
         checkpoint: Checkpoint,
         memory: MemoryPlan,
         tokenizer: Tokenizer | None,
-        chat: Chat | None = None,
+        chat: "Chat | None" = None,
     ) -> "ServedModel":
         """Picks the facts together."""
         return cls(

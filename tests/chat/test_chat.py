@@ -16,9 +16,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from moe_server.chat.chat import TemplateChat, load_chat
+from moe_server.chat.chat import load_chat
 from moe_server.chat.message import Message
 from moe_server.chat.mistral_v1 import MistralV1Chat
+from moe_server.chat.template_chat import TemplateChat
 from moe_server.errors import MoeServerError, Reason
 from moe_server.tokenizer import load_tokenizer
 from tests.test_tokenizer import MIXTRAL_V1, byte_fallback, byte_level, metaspace_unigram
@@ -313,7 +314,9 @@ def test_of_named_templates_the_default_is_taken(tmp_path):
         load(directory)
 
 
-def test_without_a_template_there_is_no_chat(tmp_path):
+def test_without_a_template_there_is_no_chat_and_no_jinja(tmp_path):
+    code = "import sys, moe_server.service.server; sys.exit('jinja2' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert load_chat(tmp_path, None) is None
     write(tmp_path, byte_level(), None)
     assert load_chat(tmp_path, load_tokenizer(tmp_path)) is None
