@@ -364,7 +364,8 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     if not checkpoint.experts:
         # Gate, what the activation makes of it, up, and their product.
         experts = tokens * (4 * intermediate + 2 * hidden) * item
-    # Float32 and log-probabilities of all rows; one row at a time is sorted in float64.
+    # Float32 and log-probabilities of all rows, with room for as many that a readout looks at; one
+    # row at a time is in float64.
     logits = checkpoint.vocab_size * (rows * 4 * 6 + 10 * 8)
     reading = 0
     if config.device == "cpu" and not checkpoint.is_page_aligned:

@@ -256,6 +256,35 @@ def test_v1_has_special_tokens_only_where_turns_end(v1_chat, contents):
     assert [i for i in ids if i < 3] == [1] + [2] * (len(contents) // 2)
 
 
+def test_an_answer_is_text_that_goes_on_where_the_template_ends(directory, chat, reference):
+    tokenizer = load_tokenizer(directory)
+    for answer in ("Hello", " hello world", "<s>", "end|>"):
+        ids = chat.encode(CONVERSATION, 10_000, answer)
+        rendered = reference.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in CONVERSATION],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        if "<" not in answer:
+            expected = reference(rendered + answer, add_special_tokens=False)["input_ids"]
+            assert ids == expected
+        prompt = chat.encode(CONVERSATION, 10_000)
+        specials = [
+            [token_id for token_id in some if token_id in tokenizer.special.ids.values()]
+            for some in (ids, prompt)
+        ]
+        assert specials[0] == specials[1]
+        assert tokenizer.decode(ids) == tokenizer.decode(prompt) + answer
+
+
+def test_v1_encodes_an_answer_as_it_does_the_assistant_s_turns(v1_chat):
+    question = CONVERSATION[1:2]
+    whole = v1_chat.encode([*question, Message("assistant", "No."), *CONVERSATION[3:]], 1000)
+    ids = v1_chat.encode(question, 1000, "No.")
+    assert ids == whole[: len(ids)]
+    assert whole[len(ids)] == 2
+
+
 def test_v1_refuses_a_conversation_without_a_question(tmp_path):
     chat = load(v1(tmp_path))
     with pytest.raises(MoeServerError, match="refuses the messages") as caught:
