@@ -14,11 +14,11 @@ from moe_server.open_requests import OpenRequest
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service.deadline import deadline_of
 from moe_server.service.labels import LabelScore, probabilities
-from moe_server.service.prompts import Prompts
+from moe_server.service.prompts import AnyPromptRequest, Prompts
 from moe_server.service.registration import Context
 from moe_server.service.scoring_validation import check_continuations, check_labels, check_lengths
 from moe_server.service.served_model import ServedModel
-from moe_server.service.validation import AnyPromptRequest, check_model, check_priority
+from moe_server.service.validation import check_model, check_priority
 from moe_server.supervisor import Supervisor
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ScoringService"]

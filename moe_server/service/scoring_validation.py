@@ -1,6 +1,6 @@
 """Checks what is to be scored, and finds where it begins in tokens.
 
-Beside `validation`, which checks prompts. Every refusal names its field.
+Beside `prompts`, which checks prompts. Every refusal names its field.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Checks every field of a generation request and turns it into what the engine takes.
+"""Checks every field of a generation request but its prompt, and makes of it what the engine takes.
 
 Knows the protocol's messages and the served model, but no connection: deadlines and request ids are
 added by the caller. Every refusal names its field and says what was got and what is expected.
@@ -12,27 +12,15 @@ from typing import TypeAlias
 
 import msgspec
 
-from moe_server.chat.message import ROLES, Message
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Constraint, ConstraintKind, Sampling, Submit
 from moe_server.proto.moe_server.v1 import generation_pb2
 from moe_server.service.errors import NotFoundError, shorten
 from moe_server.service.served_model import ServedModel
-from moe_server.tokenizer import Tokenizer
 
 AnyGenerateRequest: TypeAlias = (
     generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
 )
-AnyPromptRequest: TypeAlias = (
-    AnyGenerateRequest
-    | generation_pb2.TokenizeRequest
-    | generation_pb2.ScoreRequest
-    | generation_pb2.ClassifyRequest
-    | generation_pb2.EmbedRequest
-    | generation_pb2.Prompt
-)
-Prompt: TypeAlias = str | list[int] | tuple[Message, ...]
-"""Text or a conversation, still to be tokenised, or token ids."""
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
@@ -41,15 +29,12 @@ MAX_TOP_LOGPROBS = 20
 MAX_SAMPLES = 16
 MAX_CONSTRAINT_CHARS = 64 * 1024
 MAX_CHOICES = 1000
-MAX_MESSAGES = 1024
 MAX_COUNT_PENALTY = 2.0
 """As OpenAI and vLLM have it."""
 MAX_PRIORITY = 10
 """And the lowest is its negative: a bound of what waiting can make up for."""
 GREEDY_BELOW_TEMPERATURE = 1e-5
 """Dividing logits by less overflows float32; the limit of what it would mean is greedy."""
-MAX_UTF8_BYTES = 4
-"""Of one character."""
 MAX_REPETITION_PENALTY = 1e6
 """Its inverse is the smallest: beyond, penalised logits overflow float32."""
 
@@ -98,91 +83,6 @@ def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:
         num_samples=_num_samples(request.sampling.num_samples, sampling),
         constraint=_constraint(request, model),
         priority=check_priority(request.priority),
-    )
-
-
-def check_prompt(request: AnyPromptRequest, model: ServedModel) -> Prompt:
-    """The prompt as it was given.
-
-    Raises:
-        MoeServerError: INVALID; UNSUPPORTED for text without a tokenizer, and for messages without
-            a chat template.
-    """
-    match request.WhichOneof("prompt"):
-        case "text":
-            if model.tokenizer is None:
-                raise MoeServerError(
-                    f"Model {model.name!r} has no tokenizer, so it takes no text.",
-                    "Send token_ids.",
-                    reason=Reason.UNSUPPORTED,
-                    field="text",
-                )
-            if not request.text:
-                raise MoeServerError("The prompt text is empty.", field="text")
-            _refuse_oversize(request.text, model.tokenizer, model.max_request_tokens - 1)
-            return request.text
-        case "token_ids":
-            assert not isinstance(request, generation_pb2.TokenizeRequest), "it has no such field"
-            token_ids = list(request.token_ids.ids)
-            if not token_ids:
-                raise MoeServerError("The prompt has no token ids.", field="token_ids.ids")
-            if (largest := max(token_ids)) >= model.vocab_size:
-                raise MoeServerError(
-                    f"Token id {largest} is outside the vocabulary of {model.vocab_size}.",
-                    field="token_ids.ids",
-                )
-            return token_ids
-        case "messages":
-            return _messages(request.messages.messages, model)
-        case _:
-            raise MoeServerError(
-                "There is no prompt.", "Set text, token_ids or messages.", field="prompt"
-            )
-
-
-def _messages(
-    messages: Sequence[generation_pb2.ChatMessage], model: ServedModel
-) -> tuple[Message, ...]:
-    if model.chat is None or model.tokenizer is None:
-        lacks = "tokenizer" if model.tokenizer is None else "chat template"
-        raise MoeServerError(
-            f"Model {model.name!r} has no {lacks}, so it takes no messages.",
-            "Send text or token_ids, or serve a checkpoint with chat_template.jinja or a "
-            "chat_template in its tokenizer_config.json.",
-            reason=Reason.UNSUPPORTED,
-            field="messages",
-        )
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise MoeServerError(
-            f"There are {len(messages)} messages; expected 1 to {MAX_MESSAGES}.",
-            field="messages.messages",
-        )
-    for index, message in enumerate(messages):
-        if message.role not in ROLES:
-            raise MoeServerError(
-                f"The role of message {index} is {shorten(message.role, 20)!r}; expected one of "
-                f"{', '.join(ROLES)}.",
-                field=f"messages.messages[{index}].role",
-            )
-    contents = "".join(message.content for message in messages)
-    _refuse_oversize(contents, model.tokenizer, model.max_request_tokens - 1)
-    return tuple(Message(message.role, message.content) for message in messages)
-
-
-def _refuse_oversize(text: str, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """Tokenising megabytes takes seconds; their size alone says when that would be in vain.
-
-    A normalizer that drops characters might have made the text fit: megabytes of blanks, which are
-    not worth the work.
-    """
-    max_bytes = max_tokens * tokenizer.longest_token_bytes
-    if len(text) <= max_bytes // MAX_UTF8_BYTES or (num_bytes := len(text.encode())) <= max_bytes:
-        return
-    raise MoeServerError(
-        f"The prompt text has {num_bytes} bytes; the at most {max_tokens} tokens that fit this "
-        f"server beside a completion stand for no more than {max_bytes} bytes.",
-        "Send a shorter text.",
-        field="prompt",
     )
 
 
