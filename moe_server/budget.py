@@ -2,8 +2,8 @@
 
 Decided once, before anything is loaded, from the checkpoint's headers alone; the front door refuses
 an impossible budget with it and the engine allocates by it. It counts what moe-server allocates for
-the model. The engine's Python runtime is not in the budgets: `check_room` holds it and them against
-what the machine (or its memory cgroup) has. Pure Python.
+the model. The engine's Python runtime is not in the budgets: `planned_models` holds it and them
+against what the machine (or its memory cgroup) has. Pure Python.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from moe_server.checkpoint import Checkpoint
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels.formats import GROUP_CHOICES
 from moe_server.offload.layout import PAGE_BYTES
@@ -116,8 +116,13 @@ class MemoryPlan:
         ]
 
 
-def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
+def plan_memory(config: ModelConfig, checkpoint: Checkpoint, reserved_bytes: int = 0) -> MemoryPlan:
     """Divides the budgets.
+
+    Args:
+        config: The model's.
+        checkpoint: Its sizes.
+        reserved_bytes: Memory that is free now and that other models will take.
 
     Raises:
         MoeServerError: A budget that cannot run anything; the message says the smallest that can.
@@ -138,7 +143,7 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     on_disk, rows = _embedding_from_disk(config, checkpoint)
     minimum = fixed - on_disk + rows + slot
     runtime = runtime_bytes(config, checkpoint)
-    budget = _device_budget(config, runtime, minimum, fixed + max(1, total) * slot)
+    budget = _device_budget(config, runtime + reserved_bytes, minimum, fixed + max(1, total) * slot)
     room, room_without = (budget - fixed) // slot, (budget - fixed + on_disk - rows) // slot
     if room >= 1 and (room_without == room or room + config.host_memory // slot >= total):
         # It would make room for no expert, or no step waits for one: none is to wait for it.
@@ -185,37 +190,16 @@ def plan_memory(config: Config, checkpoint: Checkpoint) -> MemoryPlan:
     )
 
 
-def embedding_places(config: Config, checkpoint: Checkpoint) -> int:
+def embedding_places(config: ModelConfig, checkpoint: Checkpoint) -> int:
     """Blocks of rows that are read at once where the embedding stays on disk."""
     most = min(config.scheduler.max_batch_tokens, checkpoint.embedding_layout.num_blocks)
     return min(most, EMBEDDING_PLACES)
 
 
-def runtime_bytes(config: Config, checkpoint: Checkpoint) -> int:
+def runtime_bytes(config: ModelConfig, checkpoint: Checkpoint) -> int:
     """What the engine process takes in memory before it holds any of the model."""
     is_light = config.dense_backend == "resident" and checkpoint.is_plain
     return PLAIN_RUNTIME_BYTES if is_light else RUNTIME_BYTES
-
-
-def check_room(plan: MemoryPlan, config: Config) -> None:
-    """Refuses budgets that the machine, or the memory cgroup we are in, cannot hold.
-
-    Raises:
-        MoeServerError: It would be killed or swap later; says by how much to lower which budget.
-    """
-    in_ram = plan.fixed_bytes + plan.slots_bytes if config.device == "cpu" else 0
-    needed = in_ram + plan.records_bytes + plan.runtime_bytes
-    available = available_memory_bytes()
-    if needed > available:
-        raise MoeServerError(
-            f"The budgets need {format_bytes(needed)} of memory "
-            f"({format_bytes(plan.runtime_bytes)} of it the Python runtime), "
-            f"but only {format_bytes(available)} are available here.",
-            f"Lower device_memory or host_memory by {needed - available} bytes, raise the cgroup's "
-            "limit, or end other programs.",
-            reason=Reason.EXHAUSTED,
-            field="device_memory",
-        )
 
 
 def available_memory_bytes() -> int:
@@ -275,7 +259,7 @@ def format_bytes(count: int) -> str:
     return f"{value:.2f} TiB"
 
 
-def _refuse_other_format(config: Config, checkpoint: Checkpoint) -> None:
+def _refuse_other_format(config: ModelConfig, checkpoint: Checkpoint) -> None:
     wanted, found = config.expert_format, checkpoint.stored.experts
     is_wanted = found.value == wanted
     if wanted == "bf16":
@@ -290,7 +274,7 @@ def _refuse_other_format(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _refuse_unserved_format(config: Config, checkpoint: Checkpoint) -> None:
+def _refuse_unserved_format(config: ModelConfig, checkpoint: Checkpoint) -> None:
     stored = checkpoint.stored
     on_gpu = config.device == "cuda"
     if on_gpu and stored.dense_int8:
@@ -317,7 +301,7 @@ def _refuse_unserved_format(config: Config, checkpoint: Checkpoint) -> None:
         )
 
 
-def _device_budget(config: Config, runtime: int, minimum: int, everything: int) -> int:
+def _device_budget(config: ModelConfig, others: int, minimum: int, everything: int) -> int:
     if config.device_memory == "min":
         return minimum
     if config.device_memory is not None:
@@ -328,11 +312,11 @@ def _device_budget(config: Config, runtime: int, minimum: int, everything: int) 
             "Give --device-memory, for example 24GiB.",
             field="device_memory",
         )
-    free = available_memory_bytes() - runtime - config.host_memory
+    free = available_memory_bytes() - others - config.host_memory
     return min(everything, max(minimum, int(0.9 * free)))
 
 
-def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -> int:
+def _workspace_bytes(config: ModelConfig, checkpoint: Checkpoint, max_request: int) -> int:
     """An upper bound of what one step allocates and frees, term by term as model.py spends it."""
     tokens = config.scheduler.max_batch_tokens
     rows = min(config.scheduler.max_running, tokens)
@@ -374,7 +358,7 @@ def _workspace_bytes(config: Config, checkpoint: Checkpoint, max_request: int) -
     return residual + max(attention, experts, logits) + reading
 
 
-def _embedding_from_disk(config: Config, checkpoint: Checkpoint) -> tuple[int, int]:
+def _embedding_from_disk(config: ModelConfig, checkpoint: Checkpoint) -> tuple[int, int]:
     """Bytes of the embedding that may stay on disk, and of the memory that rows are then read into.
 
     Zeros where it has to be held in any case, or that would take less.

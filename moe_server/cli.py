@@ -118,11 +118,14 @@ def configure_log() -> None:
     """key=value lines on stderr. Only here: a library does not configure logging."""
     structlog.configure(
         processors=[
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.processors.LogfmtRenderer(
-                key_order=["timestamp", "level", "event"], drop_missing=True, bool_as_flag=False
+                key_order=["timestamp", "level", "event", "model"],
+                drop_missing=True,
+                bool_as_flag=False,
             ),
         ],
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),

@@ -97,6 +97,7 @@ class Client:
         self,
         prompt: str | Sequence[int] | Messages,
         *,
+        model: str = "",
         sampling: generation_pb2.Sampling | None = None,
         stopping: generation_pb2.Stopping | None = None,
         output: generation_pb2.Output | None = None,
@@ -112,6 +113,7 @@ class Client:
 
         Args:
             prompt: Text, token ids or messages.
+            model: Which one; absent: the server's first.
             sampling: Absent: greedy.
             stopping: Absent: the server's default length.
             output: What to return beside tokens.
@@ -125,7 +127,7 @@ class Client:
             MoeServerError: The server refused or failed; UnreachableError where there is none.
         """
         request = generation_pb2.GenerateStreamRequest(
-            sampling=sampling, stopping=stopping, output=output
+            model=model, sampling=sampling, stopping=stopping, output=output
         )
         if sum(given is not None for given in (json_schema, regex, grammar, choices)) > 1:
             raise MoeServerError("At most one of json_schema, regex, grammar and choices.")
@@ -248,13 +250,13 @@ class Client:
             )
             return response
 
-    def model(self, name: str = "") -> model_pb2.Model:
-        """One model; the server's only one without a name."""
+    def models(self) -> list[model_pb2.Model]:
+        """Every model of the server, in the order of its configuration."""
         with self._readable_errors():
-            response: model_pb2.GetModelResponse = self._models.GetModel(
-                model_pb2.GetModelRequest(name=name), timeout=self._timeout_s
+            response: model_pb2.ListModelsResponse = self._models.ListModels(
+                model_pb2.ListModelsRequest(), timeout=self._timeout_s
             )
-            return response.model
+            return list(response.models)
 
     def drain(self, wait_s: float = 0.0) -> int:
         """Makes the server refuse new requests; returns how many still run after `wait_s`."""

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -128,18 +128,13 @@ class WarmupConfig(Section):
     """Rounds of probes before the server says FAILED."""
 
 
-class Config(Section):
-    """The whole configuration; both processes get it."""
+class ModelConfig(Section):
+    """One model and its budgets: what its engine process gets."""
 
     model: Annotated[str, AfterValidator(_not_empty)] = "demo"
     """A Hugging Face checkpoint directory, or "demo" for the embedded model."""
     model_name: str = ""
     """The name clients use; empty: the directory's name."""
-    listen: Address = "127.0.0.1:50051"
-    """HOST:PORT, [IPV6]:PORT or unix:PATH for clients; port 0 takes a free one."""
-    admin_listen: Address | Literal[""] = ""
-    """HOST:PORT of a second listener, where AdminService takes changes from anyone who reaches it.
-    On `listen`, changes are taken from loopback peers only."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where it computes. On a CPU the device budget is RAM."""
@@ -177,7 +172,6 @@ class Config(Section):
     """CPU threads for computing; unset: one for each core this process may use."""
 
     scheduler: SchedulerConfig = SchedulerConfig()
-    service: ServiceConfig = ServiceConfig()
     warmup: WarmupConfig = WarmupConfig()
 
     @property
@@ -191,6 +185,28 @@ class Config(Section):
         return self.model_name or (
             "demo" if self.model == "demo" else self.model_path.resolve().name
         )
+
+
+class Config(ModelConfig):
+    """The whole configuration: a model's keys stand at the top, as there is one model mostly."""
+
+    models: tuple[ModelConfig, ...] = ()
+    """Further models beside the one that the keys outside of this list describe: a list of tables,
+    in the file only. Each has `model`, and any key but admin_listen, listen, models and service,
+    with budgets and defaults of its own."""
+
+    listen: Address = "127.0.0.1:50051"
+    """HOST:PORT, [IPV6]:PORT or unix:PATH for clients; port 0 takes a free one."""
+    admin_listen: Address | Literal[""] = ""
+    """HOST:PORT of a second listener, where AdminService takes changes from anyone who reaches it.
+    On `listen`, changes are taken from loopback peers only."""
+    service: ServiceConfig = ServiceConfig()
+
+    @property
+    def all_models(self) -> tuple[ModelConfig, ...]:
+        """Every model's own keys; first the one at the top."""
+        at_the_top = {name: getattr(self, name) for name in ModelConfig.model_fields}
+        return (ModelConfig.model_validate(at_the_top), *self.models)
 
 
 def load_config(
@@ -224,42 +240,66 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         key = _dotted(first["loc"])
-        is_section = first["type"] in ("model_type", "dict_type")
-        problem = "expected a table of keys" if is_section else first["msg"]
+        problems = {
+            "model_type": "expected a table of keys",
+            "dict_type": "expected a table of keys",
+            "tuple_type": "expected a list of tables, in the file given by --config",
+        }
+        problem = problems.get(first["type"], first["msg"])
         raise MoeServerError(
             f"{key} = {first['input']!r} is not usable: {problem.removeprefix('Value error, ')}.",
             ALL_KEYS,
             field=key,
         ) from None
-    if config.zero3_config is not None:
-        _check_json(config.zero3_config)
+    _check_models(config, merged.get("models", ()))
     return config
 
 
-def _check_json(zero3_config: Path) -> None:
+def _check_models(config: Config, given: Sequence[Mapping[str, Any]]) -> None:
+    """What one model's keys alone do not say."""
+    names: set[str] = set()
+    for index, model in enumerate(config.all_models):
+        prefix = f"models[{index - 1}]." if index else ""
+        if index and "model" not in given[index - 1]:
+            raise MoeServerError(
+                f"{prefix}model is missing.",
+                'Give the checkpoint\'s directory, or "demo".',
+                field=f"{prefix}model",
+            )
+        if model.served_name in names:
+            raise MoeServerError(
+                f"Two models are called {model.served_name!r}; clients could not tell them apart.",
+                f"Give one of them another {prefix}model_name.",
+                field=f"{prefix}model_name",
+            )
+        names.add(model.served_name)
+        if model.zero3_config is not None:
+            _check_json(model.zero3_config, f"{prefix}zero3_config")
+
+
+def _check_json(zero3_config: Path, key: str) -> None:
     """The engine reads it, much later; what DeepSpeed makes of its keys is known only there."""
     try:
         settings = json.loads(zero3_config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         problem = error.strerror if isinstance(error, OSError) else f"it is no JSON: {error}"
         raise MoeServerError(
-            f"zero3_config = {str(zero3_config)!r} is not usable: {problem}.",
+            f"{key} = {str(zero3_config)!r} is not usable: {problem}.",
             "Give a DeepSpeed configuration in JSON, or none.",
-            field="zero3_config",
+            field=key,
         ) from None
     if not isinstance(settings, dict):
         raise MoeServerError(
-            f"zero3_config = {str(zero3_config)!r} holds a {type(settings).__name__}, expected an "
-            "object.",
+            f"{key} = {str(zero3_config)!r} holds a {type(settings).__name__}, expected an object.",
             "Give a DeepSpeed configuration in JSON, or none.",
-            field="zero3_config",
+            field=key,
         )
 
 
-def known_keys() -> frozenset[str]:
-    """Every key of the configuration, nested ones dotted."""
+def known_keys(section: type[Section] = Config) -> frozenset[str]:
+    """Every key of the configuration, or of a part of it; nested ones dotted."""
     keys: set[str] = set()
-    for name, field in Config.model_fields.items():
+    for name, field in section.model_fields.items():
         keys.add(name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             keys.update(f"{name}.{inner}" for inner in field.annotation.model_fields)
@@ -268,11 +308,16 @@ def known_keys() -> frozenset[str]:
 
 def _dotted(location: tuple[int | str, ...]) -> str:
     """The longest known key a pydantic error location starts with; it also names union branches."""
-    parts = [str(part) for part in location]
+    match location:
+        case ("models", int(index), *inner):
+            prefix, section = f"models[{index}]", ModelConfig
+            location = tuple(inner)
+        case _:
+            prefix, section = "", Config
+    parts, known = [str(part) for part in location], known_keys(section)
     ends = range(len(parts), 0, -1)
-    return next(
-        (".".join(parts[:end]) for end in ends if ".".join(parts[:end]) in known_keys()), ""
-    )
+    key = next((".".join(parts[:end]) for end in ends if ".".join(parts[:end]) in known), "")
+    return f"{prefix}.{key}".strip(".")
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -301,10 +346,13 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _with_text_keys(table: Mapping[Any, Any]) -> dict[str, Any]:
     """Keys as they are spelled here: text, with underscores for hyphens."""
-    return {
-        str(key).replace("-", "_"): _with_text_keys(value) if isinstance(value, dict) else value
-        for key, value in table.items()
-    }
+
+    def spelled(value: object) -> object:
+        if isinstance(value, list):
+            return [spelled(item) for item in value]
+        return _with_text_keys(value) if isinstance(value, dict) else value
+
+    return {str(key).replace("-", "_"): spelled(value) for key, value in table.items()}
 
 
 def _nested(dotted: str, value: object) -> dict[str, Any]:
@@ -320,13 +368,31 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, dict) else value
 
 
-def _refuse_unknown(merged: Mapping[str, Any], prefix: str = "") -> None:
-    known = known_keys()
-    for name, value in merged.items():
-        key = prefix + name
+def _refuse_unknown(
+    table: Mapping[str, Any], outer: str = "", section: type[Section] = Config, path: str = ""
+) -> None:
+    """Refuses keys that `section` does not have.
+
+    Args:
+        table: Keys and values.
+        outer: Where in the section the table is, with a dot at its end.
+        section: What the table belongs to.
+        path: Where in the configuration the section is, with a dot at its end.
+    """
+    known = known_keys(section)
+    for name, value in table.items():
+        key = outer + name
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR)
-            remedy = f"Did you mean {near[0]!r}?" if near else ALL_KEYS
-            raise MoeServerError(f"Unknown configuration key {key!r}.", remedy, field=key)
+            remedy = f"Did you mean {path + near[0]!r}?" if near else ALL_KEYS
+            if path and key in known_keys():
+                remedy = f"It is a key of the whole server: set {key} outside of models."
+            raise MoeServerError(
+                f"Unknown configuration key {path + key!r}.", remedy, field=path + key
+            )
         if isinstance(value, dict):
-            _refuse_unknown(value, f"{key}.")
+            _refuse_unknown(value, f"{key}.", section, path)
+        elif key == "models" and isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown(item, "", ModelConfig, f"models[{index}].")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_server.budget import MemoryPlan, usable_cores
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.constraints.compiler import Compiler
 from moe_server.deadlines import hopeless
 from moe_server.errors import MoeServerError, Reason
@@ -46,7 +46,7 @@ class Engine:
     """The model and the requests that run on it. One thread only.
 
     Args:
-        config: The whole configuration.
+        config: The model's.
         plan: How memory is divided.
         weights: What is being read from disk.
         poll: Called often while a step waits for the disk: takes in what has happened meanwhile.
@@ -54,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        config: Config,
+        config: ModelConfig,
         plan: MemoryPlan,
         weights: Weights,
         poll: Callable[[], None] = lambda: None,

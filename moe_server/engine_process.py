@@ -20,7 +20,7 @@ import zmq
 
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import (
     Cancel,
@@ -83,7 +83,7 @@ def main() -> None:
     status = 0
     try:
         memory, pulse = map(int, sys.argv[2:])
-        _serve(Config.model_validate_json(socket.recv()), memory, Pulse(pulse), socket, outbox)
+        _serve(ModelConfig.model_validate_json(socket.recv()), memory, Pulse(pulse), socket, outbox)
     except MoeServerError as error:
         outbox.send(Fatal.of(error))
         status = 2
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def _serve(
-    config: Config, memory: int, pulse: Pulse, socket: "zmq.Socket[bytes]", outbox: Outbox
+    config: ModelConfig, memory: int, pulse: Pulse, socket: "zmq.Socket[bytes]", outbox: Outbox
 ) -> None:
     started = time.monotonic()
     checkpoint = read_checkpoint(config.model_path)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 
 SLOW_DISK_S = 30.0
 """For one block of a few MiB, with retries."""
@@ -34,7 +34,7 @@ class Patience:
     shutdown_s: float = 5.0
 
 
-def longest_step_s(config: Config, num_active_parameters: int) -> float:
+def longest_step_s(config: ModelConfig, num_active_parameters: int) -> float:
     """How long a step may take while nothing comes from disk before the engine counts as hung.
 
     It computes up to max_batch_tokens and samples for every running request. The rates are

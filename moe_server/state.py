@@ -1,12 +1,12 @@
-"""What state the server is in, and who wants to know.
+"""What state a model is in, and the server, and who wants to know.
 
-The supervisor publishes; health watchers, the admin service and shutdown read. Knows neither gRPC
+Supervisors publish; health watchers, the admin service and shutdown read. Knows neither gRPC
 nor processes. Everything here belongs to one asyncio loop.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
@@ -27,6 +27,17 @@ class ServerState(Enum):
     """Accepted requests finish, new ones are refused."""
     FAILED = "failed"
     """Cannot serve and will not try again by itself."""
+
+
+LEAST_READY_FIRST = (
+    ServerState.FAILED,
+    ServerState.STARTING,
+    ServerState.LOADING,
+    ServerState.WARMING,
+    ServerState.DRAINING,
+    ServerState.READY,
+)
+"""Of several models' states the first of these is the server's."""
 
 
 class StateWatcher:
@@ -57,6 +68,7 @@ class StateFeed:
     def __init__(self) -> None:
         self._current = ServerState.STARTING
         self._watchers: set[StateWatcher] = set()
+        self._listeners: list[Callable[[], None]] = []
 
     @property
     def current(self) -> ServerState:
@@ -73,6 +85,12 @@ class StateFeed:
         self._current = state
         for watcher in self._watchers:
             watcher.push(state)
+        for listener in self._listeners:
+            listener()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` at once after every change, as long as the feed exists."""
+        self._listeners.append(listener)
 
     @contextmanager
     def watch(self) -> Iterator[StateWatcher]:
@@ -90,3 +108,21 @@ class StateFeed:
             while (state := await watcher.next()) not in states:
                 pass
         return state
+
+
+def least_ready(states: Iterable[ServerState]) -> ServerState:
+    """The state of a server whose models are in `states`."""
+    return min(states, key=LEAST_READY_FIRST.index)
+
+
+def joint_feed(feeds: Sequence[StateFeed]) -> StateFeed:
+    """Tells the least ready of the feeds' states, and every change of that."""
+    joint = StateFeed()
+
+    def publish() -> None:
+        joint.publish(least_ready(feed.current for feed in feeds))
+
+    for feed in feeds:
+        feed.on_change(publish)
+    publish()
+    return joint

@@ -20,7 +20,7 @@ from typing import assert_never
 import msgspec
 import structlog
 
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.engine_link import EngineLink, open_link
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import (
@@ -59,9 +59,9 @@ class Supervisor:
     """The engine's states and the requests it works on.
 
     Args:
-        config: Sent to the engine as its first message.
+        config: The model's; sent to the engine as its first message.
         prove: Awaited after every successful load; READY follows when it returns. It raises
-            MoeServerError where the server must not become ready.
+            MoeServerError where the model must not become ready.
         command: The engine's command line (`ENGINE_COMMAND` but in tests); the address of its
             socket and the descriptors of memory and pulse are appended.
         patience: How long to wait for what.
@@ -70,7 +70,7 @@ class Supervisor:
 
     def __init__(
         self,
-        config: Config,
+        config: ModelConfig,
         prove: Callable[[], Awaitable[None]],
         command: Sequence[str],
         patience: Patience,
@@ -104,6 +104,8 @@ class Supervisor:
         self.progress = Progress("starting the engine process", 0, 0, 0, 0)
         self.load = EngineLoad()
         self.num_restarts = 0
+        self.tried = asyncio.Event()
+        """Set once the first engine has loaded, or was lost before."""
 
     @property
     def state(self) -> ServerState:
@@ -166,7 +168,8 @@ class Supervisor:
         )
         if not is_open:
             raise MoeServerError(
-                f"The server is {self.state.value}.{' ' + self.reason if self.reason else ''}",
+                f"Model {self._config.served_name!r} is {self.state.value}."
+                f"{' ' + self.reason if self.reason else ''}",
                 "" if self.state is ServerState.FAILED else "Try again when it is ready.",
                 reason=Reason.UNAVAILABLE,
             )
@@ -239,6 +242,7 @@ class Supervisor:
             except Exception as error:
                 log.exception("engine life ended unexpectedly")
                 loss = Loss(f"Unexpected {error!r}.", "See the log.", retry=True)
+            self.tried.set()
             if self._life_ready_at is None or not loss.spares_memory:
                 # It may be what it found there that ended it, or it may have written where it
                 # should not; and memory is needed by others while no engine can run.
@@ -327,6 +331,7 @@ class Supervisor:
                         experts_outlast_engine=message.outlasts_engine,
                     )
                     self._loaded.set()
+                    self.tried.set()
                 case Fatal():
                     return Loss(message.message, message.remedy, message.retry)
                 case _:

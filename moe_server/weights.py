@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_server.budget import READ_BLOCK_BYTES, MemoryPlan, embedding_places
 from moe_server.checkpoint import Checkpoint, DenseTensor
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook
@@ -43,7 +43,7 @@ class Weights:
     """The memory that weights are read into. One thread only, beside the reader's.
 
     Args:
-        config: The whole configuration.
+        config: The model's.
         checkpoint: What is served.
         plan: How memory is divided.
         lasting: Memory for experts that outlives this process, from `lasting_memory`.
@@ -51,7 +51,7 @@ class Weights:
 
     def __init__(
         self,
-        config: Config,
+        config: ModelConfig,
         checkpoint: Checkpoint,
         plan: MemoryPlan,
         lasting: LastingMemory | None = None,
@@ -204,13 +204,13 @@ class Weights:
 
 
 def lasting_memory(
-    descriptor: int, config: Config, checkpoint: Checkpoint, plan: MemoryPlan
+    descriptor: int, config: ModelConfig, checkpoint: Checkpoint, plan: MemoryPlan
 ) -> LastingMemory | None:
     """Memory for experts that outlives this process, bound to where their bytes come from.
 
     Args:
         descriptor: The file that the supervisor holds.
-        config: The whole configuration.
+        config: The model's.
         checkpoint: What is served.
         plan: How memory is divided.
 

@@ -25,10 +25,13 @@ from moe_server.proto.moe_server.v1 import (
     generation_pb2_grpc,
     model_pb2_grpc,
 )
+from moe_server.service.running_model import ModelSetup
 from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
 from moe_server.state import ServerState
+from moe_server.supervisor import Supervisor
 from moe_server.tokenizer import SpecialTokens, Tokenizer
+from moe_server.warmup.probe import WarmUp
 
 FAKE_ENGINE = (sys.executable, "-m", "tests.fake_engine")
 PATIENCE = Patience(first_backoff_s=0.02, longest_backoff_s=0.1, shutdown_s=2.0)
@@ -89,11 +92,23 @@ def small_queue(limit: int) -> SchedulerConfig:
     return SchedulerConfig(max_running=1, max_waiting=limit - 1)
 
 
+class ShortServer(Server):
+    """A server whose first model's parts have short names."""
+
+    @property
+    def supervisor(self) -> Supervisor:
+        return self.models.first.supervisor
+
+    @property
+    def warm_up(self) -> WarmUp:
+        return self.models.first.warm_up
+
+
 @dataclass
 class FrontDoor:
     """A running server and a client's view of it."""
 
-    server: Server
+    server: ShortServer
     channel: grpc.aio.Channel
 
     def __post_init__(self) -> None:
@@ -104,7 +119,7 @@ class FrontDoor:
         self.admin = admin_pb2_grpc.AdminServiceStub(self.channel)
 
     async def reach(self, *states: ServerState) -> ServerState:
-        waiting = self.server.supervisor.feed.wait_for(*states)
+        waiting = self.server.models.feed.wait_for(*states)
         return await asyncio.wait_for(waiting, WAIT_S)
 
     @property
@@ -116,6 +131,18 @@ class FrontDoor:
         return self.server.supervisor.load.blocks_total
 
 
+def setup(
+    *engine_flags: str,
+    config: Config | None = None,
+    model: ServedModel | None = None,
+    patience: Patience = PATIENCE,
+    command: Sequence[str] = FAKE_ENGINE,
+) -> ModelSetup:
+    """What one model is run with; of `config` what concerns a model."""
+    [own, *_] = (config or make_config()).all_models
+    return ModelSetup(own, model or make_model(), patience, (*command, *engine_flags))
+
+
 @asynccontextmanager
 async def front_door(
     *engine_flags: str,
@@ -124,10 +151,12 @@ async def front_door(
     patience: Patience = PATIENCE,
     until: ServerState = ServerState.READY,
     command: Sequence[str] = FAKE_ENGINE,
+    beside: Sequence[ModelSetup] = (),
 ) -> AsyncIterator[FrontDoor]:
-    server = Server(
-        config or make_config(), model or make_model(), patience, (*command, *engine_flags)
-    )
+    """A server of one model, and of those `beside` it."""
+    config = config or make_config()
+    first = setup(*engine_flags, config=config, model=model, patience=patience, command=command)
+    server = ShortServer(config, [first, *beside])
     await server.open()
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:

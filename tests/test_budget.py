@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from moe_server import budget
 from moe_server.architectures import ARCHITECTURES
-from moe_server.budget import MemoryPlan, check_room, format_bytes, plan_memory
+from moe_server.budget import MemoryPlan, format_bytes, plan_memory
 from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import Config, load_config
-from moe_server.errors import MoeServerError, Reason
+from moe_server.errors import MoeServerError
 from moe_server.kernels.formats import GROUP_COLUMNS, MatrixLayout, WeightFormat
 from moe_server.offload.layout import ExpertId
 from moe_server.packed import StoreFormat
@@ -248,33 +248,6 @@ def test_without_a_budget_it_takes_all_experts_or_most_of_what_is_free(monkeypat
         assert plan.device_budget_bytes == plan.fixed_bytes + plan.slots_bytes
     else:
         assert plan.num_slots == 1  # and `check_room` refuses it
-
-
-def test_check_room_says_by_how_much_to_lower_the_budget(monkeypatch):
-    config = make_config(device_memory=GIB, host_memory=0)
-    plan = plan_memory(config, make_checkpoint())
-    needed = plan.fixed_bytes + plan.slots_bytes + plan.records_bytes + plan.runtime_bytes
-    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed)
-    check_room(plan, config)
-    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed - 4321)
-    with pytest.raises(MoeServerError) as caught:
-        check_room(plan, config)
-    error = caught.value
-    assert error.reason is Reason.EXHAUSTED
-    assert "by 4321 bytes" in error.remedy
-    assert format_bytes(needed) in error.message
-
-
-def test_check_room_counts_what_a_gpu_holds_as_the_gpu_s(monkeypatch):
-    config = make_config(device="cuda", device_memory=GIB, host_memory=10**6)
-    plan = plan_memory(config, make_checkpoint())
-    assert plan.records_bytes > 0
-    needed = plan.records_bytes + plan.runtime_bytes
-    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed)
-    check_room(plan, config)
-    monkeypatch.setattr(budget, "available_memory_bytes", lambda: needed - 1)
-    with pytest.raises(MoeServerError):
-        check_room(plan, config)
 
 
 @pytest.mark.parametrize(

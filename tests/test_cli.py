@@ -35,9 +35,10 @@ NOBODY = "127.0.0.1:1"
 SERVE_WITH_FAKE_ENGINE = textwrap.dedent(f"""
     import functools, sys
     from moe_server.commands import serve
-    from moe_server.service.server import Server
+    from moe_server.service.running_model import ModelSetup
     from moe_server.cli import main
-    serve.Server = functools.partial(Server, engine_command={(*FAKE_ENGINE,)!r} + tuple(FLAGS))
+    command = {(*FAKE_ENGINE,)!r} + tuple(FLAGS)
+    serve.ModelSetup = functools.partial(ModelSetup, engine_command=command)
     main()
 """)
 

@@ -190,3 +190,85 @@ def test_keys_that_are_no_text_are_unknown_keys(tmp_path):
     file.write_text("warmup: {1: 2}\n")
     with pytest.raises(MoeServerError, match=r"warmup\.1"):
         load_config(file, environ={})
+
+
+HEAVY_AND_LIGHT = """
+model_name = "heavy"
+device_memory = "24GiB"
+listen = "127.0.0.1:7"
+[scheduler]
+max_running = 3
+[[models]]
+model = "demo"
+model-name = "light"
+device_memory = "1GiB"
+warmup = {probes = 7}
+"""
+
+
+def heavy_and_light(tmp_path, **replacements):
+    text = HEAVY_AND_LIGHT
+    for old, new in replacements.values():
+        assert old in text
+        text = text.replace(old, new)
+    file = tmp_path / "server.toml"
+    file.write_text(text)
+    return load_config(file, environ={"MOE_SERVER_THREADS": "2"})
+
+
+def test_further_models_have_keys_of_their_own(tmp_path):
+    config = heavy_and_light(tmp_path)
+    heavy, light = config.all_models
+    assert (heavy.served_name, light.served_name) == ("heavy", "light")
+    assert (heavy.device_memory, light.device_memory) == (24 * 2**30, 2**30)
+    assert (heavy.scheduler.max_running, light.scheduler.max_running) == (3, 32)
+    assert (heavy.warmup.probes, light.warmup.probes) == (3, 7)
+    # Flags and environment are those of the first.
+    assert (heavy.threads, light.threads) == (2, None)
+    assert "listen" not in type(light).model_fields
+    assert Config.model_validate_json(config.model_dump_json()) == config
+    assert len(Config().all_models) == 1
+
+
+@pytest.mark.parametrize(
+    ("new", "key", "says"),
+    [
+        ("device_memroy = 1", "models[0].device_memroy", "Did you mean 'models[0].device_memory'?"),
+        ("warmup.probs = 1", "models[0].warmup.probs", "'models[0].warmup.probes'"),
+        ('listen = "a:1"', "models[0].listen", "set listen outside of models"),
+        ('device = "tpu"', "models[0].device", "models[0].device = 'tpu' is not usable"),
+        ("warmup.probes = 0", "models[0].warmup.probes", "models[0].warmup.probes = 0 is not"),
+        ('zero3_config = "/nope.json"', "models[0].zero3_config", "models[0].zero3_config = '/n"),
+    ],
+)
+def test_what_is_wrong_in_a_further_model_is_named_by_its_path(tmp_path, new, key, says):
+    without = ("warmup = {probes = 7}", new)
+    with pytest.raises(MoeServerError) as caught:
+        heavy_and_light(tmp_path, key=without)
+    assert caught.value.field == key
+    assert says in str(caught.value)
+
+
+def test_names_must_differ(tmp_path):
+    with pytest.raises(MoeServerError, match="Two models are called 'heavy'") as caught:
+        heavy_and_light(tmp_path, name=('"light"', '"heavy"'))
+    assert caught.value.field == "models[0].model_name"
+
+
+def test_a_further_model_must_say_where_it_is(tmp_path):
+    with pytest.raises(MoeServerError, match=r"models\[0\]\.model is missing") as caught:
+        heavy_and_light(tmp_path, model=('model = "demo"', ""))
+    assert caught.value.field == "models[0].model"
+
+
+@pytest.mark.parametrize(
+    ("given", "key"), [("models = 5", "models"), ("models = [5]", "models[0]")]
+)
+def test_models_are_a_list_of_tables(tmp_path, given, key):
+    file = tmp_path / "server.toml"
+    file.write_text(given)
+    with pytest.raises(MoeServerError, match=r"expected a (list|table) of") as caught:
+        load_config(file, environ={})
+    assert caught.value.field == key
+    with pytest.raises(MoeServerError, match="in the file given by --config"):
+        load_config(environ={"MOE_SERVER_MODELS": "[]"})

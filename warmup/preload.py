@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from moe_server.budget import MemoryPlan
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.engine import Engine
 from moe_server.messages import Progress
 from moe_server.offload.calibration import Calibration
@@ -25,7 +25,7 @@ class Report(Protocol):
     def __call__(self, progress: Progress) -> None: ...
 
 
-def preload(engine: Engine, config: Config, plan: MemoryPlan, report: Report) -> None:
+def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Report) -> None:
     """Loads the dense weights and touches every expert.
 
     Experts that have a place are read first, in the order they lie on disk, then all are touched in

@@ -45,18 +45,25 @@ class Probe:
 class ProbeShape:
     """What a probe asks for."""
 
+    model: str
     vocab_size: int
     prompt_tokens: int
     new_tokens: int
 
     @classmethod
     def fitting(
-        cls, prompt_tokens: int, new_tokens: int, *, vocab_size: int, max_request_tokens: int
+        cls,
+        prompt_tokens: int,
+        new_tokens: int,
+        *,
+        model: str,
+        vocab_size: int,
+        max_request_tokens: int,
     ) -> "ProbeShape":
         """Cuts the lengths to what one request may have; the completion goes first."""
         new_tokens = max(1, min(new_tokens, max_request_tokens - 1))
         prompt_tokens = max(1, min(prompt_tokens, max_request_tokens - new_tokens))
-        return cls(vocab_size, prompt_tokens, new_tokens)
+        return cls(model, vocab_size, prompt_tokens, new_tokens)
 
     def prompt(self, seed: int) -> list[int]:
         """Pseudo-random token ids; another seed gives another prompt, so it meets other experts."""
@@ -78,6 +85,7 @@ async def send_probe(
         MoeServerError: It ended without the tokens that were asked for.
     """
     request = generation_pb2.GenerateStreamRequest(
+        model=shape.model,
         token_ids=generation_pb2.TokenIds(ids=shape.prompt(seed)),
         stopping=generation_pb2.Stopping(max_new_tokens=shape.new_tokens, ignore_eos=True),
     )
@@ -112,7 +120,7 @@ def missed_limits(probe: Probe, max_ttft_ms: float | None, max_tpot_ms: float | 
 
 
 class WarmUp:
-    """The warm-up of one server; `prove` runs once for every life of its engine.
+    """The warm-up of one model; `prove` runs once for every life of its engine.
 
     Args:
         config: Sizes, rounds and limits.

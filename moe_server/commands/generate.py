@@ -87,6 +87,7 @@ class Completion:
 )
 @click.argument("text", required=False)
 @click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT")
+@click.option("--model", default="", metavar="NAME", help="Default: the server's first.")
 @click.option("--token-ids", metavar="1,2,3", help="The prompt as token ids, instead of TEXT.")
 @click.option("--chat", metavar="TEXT", help="Instead of TEXT: a user's message, answered.")
 @click.option("--system", metavar="TEXT", help="With --chat: the message that goes before it.")
@@ -114,6 +115,7 @@ class Completion:
 def generate(  # click passes keywords
     text: str | None,
     target: str,
+    model: str,
     token_ids: str | None,
     chat: str | None,
     system: str | None,
@@ -145,6 +147,7 @@ def generate(  # click passes keywords
     with Client(target) as client:
         for event in client.generate_stream(
             prompt,
+            model=model,
             sampling=pb.Sampling(**sampling),
             stopping=pb.Stopping(
                 max_new_tokens=max_new_tokens,

@@ -64,17 +64,25 @@ def undrain(target: str) -> None:
 
 
 def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
-    memory, experts, load = response.memory, response.experts, response.load
-    offload = response.offload
+    state = f"{state_name(response.state)}  {response.reason}".rstrip()
+    rows = [
+        ("state", state),
+        ("version", response.version),
+        ("uptime", format_seconds(response.uptime.ToNanoseconds() / 1e9)),
+    ]
+    for model in response.models:
+        rows += _model_rows(model)
+    return rows
+
+
+def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
+    memory, experts, load, offload = model.memory, model.experts, model.load, model.offload
     needed = experts.device_hits + experts.host_hits + experts.disk_reads
     hit_rate = f"{experts.device_hits / needed:.1%}" if needed else "-"
     return [
-        ("state", f"{state_name(response)}  {response.reason}".rstrip()),
-        ("startup", response.startup.stage),
-        ("model", response.model),
-        ("version", response.version),
-        ("uptime", format_seconds(response.uptime.ToNanoseconds() / 1e9)),
-        ("engine restarts", str(response.engine_restarts)),
+        ("model", f"{model.name}  {state_name(model.state)}"),
+        ("startup", model.startup.stage),
+        ("engine restarts", str(model.engine_restarts)),
         ("requests", f"{load.running_requests} running, {load.waiting_requests} waiting"),
         ("KV blocks", f"{load.kv_blocks_used} of {load.kv_blocks_total}"),
         ("  kept for reuse", str(load.kv_blocks_kept)),

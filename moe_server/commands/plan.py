@@ -6,11 +6,10 @@ from typing import Any
 
 import click
 
-from moe_server.budget import plan_memory
-from moe_server.checkpoint import read_checkpoint
 from moe_server.commands.config_flags import description, with_config
-from moe_server.commands.format import print_table
+from moe_server.commands.format import format_bytes, print_table
 from moe_server.config import Config, known_keys
+from moe_server.planned_models import PlannedModel, plan_models
 
 
 @click.command(epilog="Example: moe-server plan --model /models/Mixtral-8x7B --device-memory 24GiB")
@@ -18,30 +17,43 @@ from moe_server.config import Config, known_keys
 @click.option("--json", "as_json", is_flag=True, help="Print the plan's figures as JSON.")
 def plan(config: Config, *, as_json: bool) -> None:
     """Show how the memory budgets would be divided; reads headers only."""
-    checkpoint = read_checkpoint(config.model_path)
-    memory = plan_memory(config, checkpoint)
-    if not as_json:
-        print_table(
-            [
-                ("model", f"{checkpoint.architecture}, {checkpoint.dtype}"),
-                ("experts stored in", checkpoint.stored.experts_text),
-                ("dense stored in", "int8" if checkpoint.stored.dense_int8 else checkpoint.dtype),
-                ("parameters", f"{checkpoint.num_parameters:,}"),
-                *memory.table(),
-            ],
-            to_stdout=True,
-        )
+    planned = plan_models(config)
+    if as_json:
+        figures = [_figures(model) for model in planned]
+        # The first model's stand at the top, as with one model.
+        click.echo(json.dumps({**figures[0], "models": figures}))
         return
-    figures = {
-        **asdict(memory),
-        "slots_bytes": memory.slots_bytes,
-        "records_bytes": memory.records_bytes,
+    rows = [row for model in planned for row in _rows(model)]
+    if len(planned) > 1:
+        rows.append(("memory of all", format_bytes(sum(model.memory_bytes for model in planned))))
+    print_table(rows, to_stdout=True)
+
+
+def _rows(model: PlannedModel) -> list[tuple[str, str]]:
+    checkpoint = model.checkpoint
+    return [
+        ("model", f"{model.name}: {checkpoint.architecture}, {checkpoint.dtype}"),
+        ("experts stored in", checkpoint.stored.experts_text),
+        ("dense stored in", "int8" if checkpoint.stored.dense_int8 else checkpoint.dtype),
+        ("parameters", f"{checkpoint.num_parameters:,}"),
+        *model.plan.table(),
+        ("memory in all", format_bytes(model.memory_bytes)),
+    ]
+
+
+def _figures(model: PlannedModel) -> dict[str, Any]:
+    plan, checkpoint = model.plan, model.checkpoint
+    return {
+        **asdict(plan),
+        "slots_bytes": plan.slots_bytes,
+        "records_bytes": plan.records_bytes,
+        "memory_bytes": model.memory_bytes,
+        "name": model.name,
         "architecture": checkpoint.architecture,
         **checkpoint.stored.names,
         "num_parameters": checkpoint.num_parameters,
         "num_active_parameters": checkpoint.num_active_parameters,
     }
-    click.echo(json.dumps(figures))
 
 
 def _key_help() -> str:
@@ -73,6 +85,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                rows += _flat(item, f"{prefix}{name}[{index}].")
         else:
             rows.append((f"{prefix}{name}", "-" if value is None else str(value)))
     return rows

@@ -2,16 +2,17 @@
 
 import asyncio
 import signal
+from collections.abc import Sequence
 
 import click
 import structlog
 
-from moe_server.budget import check_room, plan_memory
 from moe_server.chat.chat import load_chat
-from moe_server.checkpoint import read_checkpoint
 from moe_server.commands.config_flags import with_config
 from moe_server.config import Config
 from moe_server.patience import Patience, longest_step_s
+from moe_server.planned_models import PlannedModel, check_room, plan_models
+from moe_server.service.running_model import ModelSetup
 from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
 from moe_server.tokenizer import load_tokenizer
@@ -25,36 +26,43 @@ log = structlog.get_logger(__name__)
 )
 @with_config
 def serve(config: Config) -> None:
-    """Serve a checkpoint over gRPC.
+    """Serve a checkpoint over gRPC, and those of `models` in the configuration beside it.
 
     The port opens at once; requests are taken when the warm-up has proven that the server keeps its
     limits. SIGTERM or Ctrl-C lets accepted requests finish for service.shutdown_grace_s and exits
     with 0; a second one cuts them off and exits with 130.
     """
-    checkpoint = read_checkpoint(config.model_path)
-    plan = plan_memory(config, checkpoint)
-    check_room(plan, config)
-    # Decided once: the engine, and every restart of it, gets the budget that was checked here.
-    config = config.model_copy(update={"device_memory": plan.device_budget_bytes})
-    tokenizer = load_tokenizer(config.model_path)
-    chat = load_chat(config.model_path, tokenizer)
-    model = ServedModel.of(config, checkpoint, plan, tokenizer, chat)
-    for what, amount in plan.table():
-        log.info("plan", what=what.strip(), amount=amount)
-    patience = Patience(busy_s=longest_step_s(config, model.num_active_parameters))
-    is_cut_off = asyncio.run(_run(config, model, patience))
+    planned = plan_models(config)
+    check_room(planned)
+    setups = [_setup(model) for model in planned]
+    for model in planned:
+        names = {"model": model.name} if len(planned) > 1 else {}
+        for what, amount in model.plan.table():
+            log.info("plan", what=what.strip(), amount=amount, **names)
+    is_cut_off = asyncio.run(_run(config, setups))
     if is_cut_off:
         raise KeyboardInterrupt
 
 
-async def _run(config: Config, model: ServedModel, patience: Patience) -> bool:
+def _setup(planned: PlannedModel) -> ModelSetup:
+    config, checkpoint = planned.config, planned.checkpoint
+    tokenizer = load_tokenizer(config.model_path)
+    chat = load_chat(config.model_path, tokenizer)
+    return ModelSetup(
+        config,
+        ServedModel.of(config, checkpoint, planned.plan, tokenizer, chat),
+        Patience(busy_s=longest_step_s(config, checkpoint.num_active_parameters)),
+    )
+
+
+async def _run(config: Config, setups: Sequence[ModelSetup]) -> bool:
     """Serves until a signal; returns whether a second one came."""
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
     # After the handlers: a cancellation by Ctrl-C would leave gRPC's listeners half made.
-    server = Server(config, model, patience)
+    server = Server(config, setups)
     await server.open()
     received = signal.Signals(await signals.get())
     log.info("shutting down", signal=received.name, grace_s=config.service.shutdown_grace_s)
@@ -67,5 +75,5 @@ async def _run(config: Config, model: ServedModel, patience: Patience) -> bool:
         return False
     in_order.cancel()
     await asyncio.gather(in_order, return_exceptions=True)
-    await server.supervisor.stop(at_once=True)
+    await server.models.close(at_once=True)
     return True

@@ -21,9 +21,14 @@ class NotReadyError(MoeServerError):
     """The server did not become ready in time, or said that it never will."""
 
 
-def state_name(status: pb.GetServerStatusResponse) -> str:
+def state_name(state: pb.ServerState) -> str:
     """For example "ready"."""
-    return pb.ServerState.Name(status.state).removeprefix("SERVER_STATE_").lower()
+    return pb.ServerState.Name(state).removeprefix("SERVER_STATE_").lower()
+
+
+def least_ready(status: pb.GetServerStatusResponse) -> pb.ModelStatus:
+    """The model that the server's state is that of; the first one of several."""
+    return next(model for model in status.models if model.state == status.state)
 
 
 def wait_ready(client: Client, timeout_s: float) -> pb.GetServerStatusResponse:
@@ -53,8 +58,8 @@ def wait_ready(client: Client, timeout_s: float) -> pb.GetServerStatusResponse:
             if time.monotonic() >= deadline:
                 if status is None and unreachable is not None:
                     raise unreachable
-                state = state_name(status) if status is not None else "unreachable"
-                stage = f" ({status.startup.stage})" if status is not None else ""
+                state = state_name(status.state) if status is not None else "unreachable"
+                stage = f" ({least_ready(status).startup.stage})" if status is not None else ""
                 raise NotReadyError(
                     f"The server was still {state}{stage} after {timeout_s:g} s.",
                     "Wait longer with --timeout; `moe-server status` says how far it is.",
@@ -86,8 +91,10 @@ class _Display:
         self._progress.stop()
 
     def show(self, status: pb.GetServerStatusResponse) -> None:
-        startup = status.startup
-        description = f"{state_name(status)}: {startup.stage}".rstrip(": ")
+        model = least_ready(status)
+        startup, state = model.startup, state_name(status.state)
+        name = f"{model.name} " if len(status.models) > 1 else ""
+        description = f"{name}{state}: {startup.stage}".rstrip(": ")
         self._progress.update(
             self._task,
             description=description,
@@ -95,5 +102,5 @@ class _Display:
             total=startup.bytes_total or None,
         )
         if self._progress.disable and description != self._last:
-            log.info("startup", state=state_name(status), stage=startup.stage)
+            log.info("startup", model=model.name, state=state, stage=startup.stage)
         self._last = description

@@ -17,6 +17,7 @@ from moe_server.commands.finite import POSITIVE, SECONDS
 from moe_server.commands.startup import NotReadyError, state_name, wait_ready
 from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
+from moe_server.proto.moe_server.v1 import model_pb2
 from moe_server.warmup.probe import Probe, ProbeShape, missed_limits, send_probe
 
 __all__ = ["LimitMissedError", "NotReadyError", "warmup"]
@@ -53,7 +54,8 @@ def warmup(
 ) -> None:
     """Wait until a server is READY, then prove it with real requests of our own.
 
-    Exits with 0 only if it became ready within --timeout seconds and every probe kept the limit;
+    Exits with 0 only if all its models became ready within --timeout seconds and every probe, three
+    to each model, kept the limit;
     3: no server there, 4: not ready in time or failed, 5: a probe missed the limit.
     """
     findings: dict[str, Any] = {
@@ -84,25 +86,45 @@ def _prove(
 ) -> None:
     with Client(target) as client:
         status = wait_ready(client, timeout_s)
-        model = client.model()
-    findings["state"] = state_name(status)
-    findings["model"] = model.name
-    findings["startup_s"] = status.startup.elapsed.ToNanoseconds() / 1e9
+        models = client.models()
+    findings["state"] = state_name(status.state)
+    findings["model"] = status.model
+    findings["startup_s"] = max(
+        model.startup.elapsed.ToNanoseconds() / 1e9 for model in status.models
+    )
+    for model in models:
+        _prove_model(target, model, max_ttft_ms, timeout_s, findings)
+
+
+def _prove_model(
+    target: str,
+    model: model_pb2.Model,
+    max_ttft_ms: float | None,
+    timeout_s: float,
+    findings: dict[str, Any],
+) -> None:
     defaults = WarmupConfig()
     shape = ProbeShape.fitting(
         defaults.prompt_tokens,
         defaults.new_tokens,
+        model=model.name,
         vocab_size=model.vocab_size,
         max_request_tokens=model.max_context_tokens,
     )
     for index in range(1, NUM_PROBES + 1):
         probe = asyncio.run(_probe(target, shape, timeout_s))
-        findings["probes"].append(asdict(probe))
-        log.info("probe", index=index, of=NUM_PROBES, ttft_ms=round(1000 * probe.ttft_s, 2))
+        findings["probes"].append({"model": model.name, **asdict(probe)})
+        log.info(
+            "probe",
+            model=model.name,
+            index=index,
+            of=NUM_PROBES,
+            ttft_ms=round(1000 * probe.ttft_s, 2),
+        )
         missed = missed_limits(probe, max_ttft_ms, None)
         if missed:
             raise LimitMissedError(
-                f"Probe {index} of {NUM_PROBES}: {missed}.",
+                f"Probe {index} of {NUM_PROBES} of model {model.name!r}: {missed}.",
                 "Give the server more memory, or raise --max-ttft-ms.",
             )
 

@@ -8,15 +8,16 @@ callers loopback peers: give it the main listener only after blocking these meth
 import msgspec
 import structlog
 
+from moe_server.budget import MemoryPlan
 from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import admin_pb2 as pb
 from moe_server.service.errors import PermissionDeniedError
 from moe_server.service.generation import to_duration
 from moe_server.service.registration import Context
-from moe_server.service.served_model import ServedModel
+from moe_server.service.registry import Registry
+from moe_server.service.running_model import RunningModel
 from moe_server.state import ServerState
-from moe_server.supervisor import Supervisor
-from moe_server.warmup.probe import Probe, WarmUp
+from moe_server.warmup.probe import Probe
 
 log = structlog.get_logger(__name__)
 
@@ -38,25 +39,13 @@ class AdminService:
     """The servicer.
 
     Args:
-        supervisor: Whose state is told and changed.
-        model: What is served, and the memory plan.
-        warm_up: Whose probes are told.
+        registry: Whose states are told and changed.
         version: Of the server.
         trusts_all_peers: True on the admin listener.
     """
 
-    def __init__(
-        self,
-        supervisor: Supervisor,
-        model: ServedModel,
-        warm_up: WarmUp,
-        version: str,
-        *,
-        trusts_all_peers: bool,
-    ) -> None:
-        self._supervisor = supervisor
-        self._model = model
-        self._warm_up = warm_up
+    def __init__(self, registry: Registry, version: str, *, trusts_all_peers: bool) -> None:
+        self._registry = registry
         self._version = version
         self._trusts_all_peers = trusts_all_peers
 
@@ -64,30 +53,21 @@ class AdminService:
         self, _request: pb.GetServerStatusRequest, _context: Context
     ) -> pb.GetServerStatusResponse:
         """Everything an operator asks first."""
-        supervisor = self._supervisor
-        load = supervisor.load
+        models = [_model_status(running) for running in self._registry]
+        first = models[0]
         return pb.GetServerStatusResponse(
-            state=STATES[supervisor.state],
-            reason=supervisor.reason,
+            state=STATES[self._registry.feed.current],
+            reason=self._registry.reason,
             version=self._version,
-            model=self._model.name,
-            startup=self._startup(),
-            memory=self._memory(),
-            experts=pb.ExpertCounters(**msgspec.structs.asdict(load.experts)),
-            offload=pb.Offload(**msgspec.structs.asdict(load.offload)),
-            load=pb.Load(
-                running_requests=load.running,
-                waiting_requests=load.waiting,
-                kv_blocks_used=load.blocks_used,
-                kv_blocks_total=load.blocks_total,
-                kv_blocks_kept=load.blocks_kept,
-                preemptions=load.preemptions,
-                prompt_tokens=load.prompt_tokens,
-                cached_tokens=load.cached_tokens,
-                hopeless_requests=load.hopeless,
-            ),
-            uptime=to_duration(supervisor.uptime_s),
-            engine_restarts=supervisor.num_restarts,
+            model=first.name,
+            startup=first.startup,
+            memory=first.memory,
+            experts=first.experts,
+            offload=first.offload,
+            load=first.load,
+            uptime=to_duration(self._registry.first.supervisor.uptime_s),
+            engine_restarts=first.engine_restarts,
+            models=models,
         )
 
     async def Drain(  # noqa: N802  # named by the protocol
@@ -101,7 +81,7 @@ class AdminService:
                 f"wait is {wait_s:g} s; expected 0 to {MAX_WAIT_S} (a day).", field="wait"
             )
         log.info("drain", peer=context.peer(), wait_s=wait_s)
-        return pb.DrainResponse(remaining_requests=await self._supervisor.drain(wait_s))
+        return pb.DrainResponse(remaining_requests=await self._registry.drain(wait_s))
 
     async def Undrain(  # noqa: N802  # named by the protocol
         self, _request: pb.UndrainRequest, context: Context
@@ -109,7 +89,7 @@ class AdminService:
         """Ends a drain."""
         self._refuse_strangers(context)
         log.info("undrain", peer=context.peer())
-        self._supervisor.undrain()
+        self._registry.undrain()
         return pb.UndrainResponse()
 
     def _refuse_strangers(self, context: Context) -> None:
@@ -120,35 +100,63 @@ class AdminService:
                 "Call from the same machine, or set admin_listen and call there.",
             )
 
-    def _startup(self) -> pb.Startup:
-        progress = self._supervisor.progress
-        is_proving = self._supervisor.phase in (ServerState.WARMING, ServerState.READY)
-        return pb.Startup(
-            stage=self._warm_up.stage if is_proving else progress.stage,
-            stage_index=progress.stage_index,
-            stage_count=progress.stage_count,
-            bytes_done=progress.bytes_done,
-            bytes_total=progress.bytes_total,
-            elapsed=to_duration(self._supervisor.startup_s),
-            probes=[_probe(probe) for probe in self._warm_up.probes],
-        )
 
-    def _memory(self) -> pb.Memory:
-        plan = self._model.memory
-        return pb.Memory(
-            device_budget_bytes=plan.device_budget_bytes,
-            dense_bytes=plan.dense_bytes,
-            kv_bytes=plan.kv_bytes,
-            workspace_bytes=plan.workspace_bytes,
-            expert_slots_bytes=plan.slots_bytes,
-            expert_slots=plan.num_slots,
-            host_budget_bytes=plan.host_budget_bytes,
-            host_records=plan.num_records,
-            host_records_bytes=plan.records_bytes,
-            expert_bytes=plan.expert_bytes,
-            experts=plan.num_experts_total,
-            embedding_on_disk_bytes=plan.embedding_on_disk_bytes,
-        )
+def _model_status(running: RunningModel) -> pb.ModelStatus:
+    supervisor = running.supervisor
+    load = supervisor.load
+    return pb.ModelStatus(
+        name=running.name,
+        state=STATES[supervisor.state],
+        reason=supervisor.reason,
+        startup=_startup(running),
+        memory=_memory(running.model.memory),
+        experts=pb.ExpertCounters(**msgspec.structs.asdict(load.experts)),
+        offload=pb.Offload(**msgspec.structs.asdict(load.offload)),
+        load=pb.Load(
+            running_requests=load.running,
+            waiting_requests=load.waiting,
+            kv_blocks_used=load.blocks_used,
+            kv_blocks_total=load.blocks_total,
+            kv_blocks_kept=load.blocks_kept,
+            preemptions=load.preemptions,
+            prompt_tokens=load.prompt_tokens,
+            cached_tokens=load.cached_tokens,
+            hopeless_requests=load.hopeless,
+        ),
+        engine_restarts=supervisor.num_restarts,
+    )
+
+
+def _startup(running: RunningModel) -> pb.Startup:
+    supervisor, warm_up = running.supervisor, running.warm_up
+    progress = supervisor.progress
+    is_proving = supervisor.phase in (ServerState.WARMING, ServerState.READY)
+    return pb.Startup(
+        stage=warm_up.stage if is_proving else progress.stage,
+        stage_index=progress.stage_index,
+        stage_count=progress.stage_count,
+        bytes_done=progress.bytes_done,
+        bytes_total=progress.bytes_total,
+        elapsed=to_duration(supervisor.startup_s),
+        probes=[_probe(probe) for probe in warm_up.probes],
+    )
+
+
+def _memory(plan: MemoryPlan) -> pb.Memory:
+    return pb.Memory(
+        device_budget_bytes=plan.device_budget_bytes,
+        dense_bytes=plan.dense_bytes,
+        kv_bytes=plan.kv_bytes,
+        workspace_bytes=plan.workspace_bytes,
+        expert_slots_bytes=plan.slots_bytes,
+        expert_slots=plan.num_slots,
+        host_budget_bytes=plan.host_budget_bytes,
+        host_records=plan.num_records,
+        host_records_bytes=plan.records_bytes,
+        expert_bytes=plan.expert_bytes,
+        experts=plan.num_experts_total,
+        embedding_on_disk_bytes=plan.embedding_on_disk_bytes,
+    )
 
 
 def _probe(probe: Probe) -> pb.Probe:

@@ -102,8 +102,11 @@ def _detail(error: MoeServerError) -> Message:
             violation = BadRequest.FieldViolation(field=error.field, description=message)
             detail = BadRequest(field_violations=[violation])
         case Reason.NOT_FOUND if isinstance(error, NotFoundError):
-            name = shorten(error.name)
-            detail = ResourceInfo(resource_type=error.kind, resource_name=name, description=message)
+            detail = ResourceInfo(
+                resource_type=error.kind,
+                resource_name=shorten(error.name),
+                description=shorten(str(error), MAX_MESSAGE_CHARS),  # it says what there is
+            )
         case Reason.UNSUPPORTED:
             unmet = PreconditionFailure.Violation(
                 type="UNSUPPORTED", subject=error.field, description=message

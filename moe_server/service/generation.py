@@ -1,13 +1,12 @@
 """moe_server.v1.GenerationService: one request from its bytes to its last delta.
 
-Admit -> validate -> tokenise -> submit -> detokenise -> write. `Generate` walks the same path as
-`GenerateStream` and gathers. However a request ends - finished, cancelled, disconnected, past its
-deadline, or by an error - leaving `admit` makes the engine forget it.
+Find the model -> admit -> validate -> tokenise -> submit -> detokenise -> write. `Generate` walks
+the same path as `GenerateStream` and gathers. However a request ends - finished, cancelled,
+disconnected, past its deadline, or by an error - leaving `admit` makes the engine forget it.
 """
 
 import asyncio
 import hmac
-import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -16,17 +15,15 @@ from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 
-from moe_server.constraints.trials import Trials
 from moe_server.messages import FinishReason, Timings, TokenEvent
 from moe_server.open_requests import OpenRequest
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service import validation
 from moe_server.service.deadline import deadline_of
-from moe_server.service.prompts import Prompts
 from moe_server.service.registration import Context
-from moe_server.service.served_model import ServedModel
+from moe_server.service.registry import Registry
+from moe_server.service.running_model import RunningModel
 from moe_server.service.text_stream import Released, TextStream
-from moe_server.supervisor import Supervisor
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GenerationService"]
 
@@ -46,22 +43,9 @@ Write: TypeAlias = Callable[[pb.GenerateStreamResponse], Awaitable[None]]
 class GenerationService:
     """The servicer. `probe_secret` is what the warm-up presents."""
 
-    def __init__(
-        self, supervisor: Supervisor, model: ServedModel, prompts: Prompts, probe_secret: str
-    ) -> None:
-        self._supervisor = supervisor
-        self._model = model
-        self._prompts = prompts
+    def __init__(self, registry: Registry, probe_secret: str) -> None:
+        self._registry = registry
         self._probe_secret = probe_secret
-        # Request ids count from 1 in every process; logs of several processes meet in one place.
-        self._id_prefix = secrets.token_hex(4)
-        vocabulary = model.vocabulary
-        self._trials = None if vocabulary is None else Trials(vocabulary)
-
-    async def close(self) -> None:
-        """Ends the process that tries constraints."""
-        if self._trials is not None:
-            await self._trials.close()
 
     async def GenerateStream(  # noqa: N802  # named by the protocol
         self, request: pb.GenerateStreamRequest, context: Context
@@ -105,20 +89,13 @@ class GenerationService:
     async def _run(
         self, request: validation.AnyGenerateRequest, context: Context, write: Write
     ) -> None:
+        running = self._registry.find(request.model)
         is_probe = self._is_probe(context)
 
         def admit() -> AbstractContextManager[OpenRequest]:
-            return self._supervisor.admit(is_probe=is_probe)
+            return running.supervisor.admit(is_probe=is_probe)
 
-        completion = _Completion(
-            self._supervisor,
-            self._model,
-            self._prompts,
-            self._trials,
-            write,
-            admit,
-            self._id_prefix,
-        )
+        completion = _Completion(running, write, admit)
         remedy = "Allow more time or ask for fewer tokens."
         with ExitStack() as places:
             async with deadline_of(context, lambda: completion.stage, remedy) as deadline:
@@ -144,21 +121,14 @@ class _Completion:
 
     def __init__(
         self,
-        supervisor: Supervisor,
-        model: ServedModel,
-        prompts: Prompts,
-        trials: Trials | None,
+        running: RunningModel,
         write: Write,
         admit: Callable[[], AbstractContextManager[OpenRequest]],
-        id_prefix: str,
     ) -> None:
-        self._supervisor = supervisor
-        self._model = model
-        self._prompts = prompts
-        self._trials = trials
+        self._running = running
+        self._model = running.model
         self._write = write
         self._admit = admit
-        self._id_prefix = id_prefix
         self._writing = asyncio.Lock()
         self._num_tokens = 0
         self.stage = "its prompt was tokenised"
@@ -169,12 +139,12 @@ class _Completion:
         """Answers the request; whatever is in `places` when it ends is forgotten by the engine."""
         model = self._model
         first = self._take_place(places)
-        validation.check_model(request.model, model)
         options = validation.check_options(request, model)
-        prompt = await self._prompts.encode(request)
-        if options.constraint is not None and self._trials is not None:
+        prompt = await self._running.prompts.encode(request)
+        trials = self._running.trials
+        if options.constraint is not None and trials is not None:
             self.stage = "its constraint was compiled"
-            await self._trials.check(options.constraint)
+            await trials.check(options.constraint)
         samples = [first, *(self._take_place(places) for _ in range(1, options.num_samples))]
         submits = [
             validation.build_submit(
@@ -183,10 +153,10 @@ class _Completion:
             for index, sample in enumerate(samples)
         ]
         for sample, submit in zip(samples, submits, strict=True):
-            self._supervisor.submit(sample.request, submit)
+            self._running.supervisor.submit(sample.request, submit)
         self.stage = "it waited for its first token"
         started = pb.Started(
-            request_id=f"{self._id_prefix}-{first.request.request_id}",
+            request_id=f"{self._running.id_prefix}-{first.request.request_id}",
             model=model.name,
             prompt_tokens=len(prompt),
             seed=options.sampling.seed,

@@ -1,5 +1,7 @@
 """grpc.health.v1.Health: "" is this process's life, the generation service's name is readiness.
 
+With a model's name after a slash it is that model's readiness; without, all models'.
+
 Ours, because the stock asyncio servicer stops telling every watcher when one of them leaves. Each
 watcher has its own queue of changes (`state.StateFeed`).
 """
@@ -14,6 +16,7 @@ from moe_server.errors import MoeServerError, Reason
 from moe_server.service import generation
 from moe_server.service.errors import NotFoundError
 from moe_server.service.registration import Context, Method
+from moe_server.service.registry import Registry
 from moe_server.state import ServerState, StateFeed
 
 SERVICE_NAME = "grpc.health.v1.Health"
@@ -27,8 +30,11 @@ Status = health_pb2.HealthCheckResponse
 class HealthService:
     """The servicer."""
 
-    def __init__(self, feed: StateFeed) -> None:
-        self._feed = feed
+    def __init__(self, registry: Registry) -> None:
+        self._server = registry.feed
+        self._feeds = {READINESS: registry.feed}
+        for running in registry:
+            self._feeds[f"{READINESS}/{running.name}"] = running.supervisor.feed
 
     def methods(self) -> dict[str, Method]:
         """For `registration.add_service`."""
@@ -40,21 +46,21 @@ class HealthService:
 
     async def check(self, request: Any, _context: Context) -> Message:
         """NOT_FOUND for a name we do not know."""
-        status = _status(request.service, self._feed.current)
+        status = self._status(request.service, self._feed(request.service).current)
         if status == Status.SERVICE_UNKNOWN:
             raise NotFoundError("service", request.service, "", field="service")
         return _response(status)
 
     async def watch(self, request: Any, context: Context) -> None:
         """The status now and after every change; an unknown name is told as SERVICE_UNKNOWN."""
-        if self._feed.num_watchers >= MAX_WATCHERS:
+        if sum(feed.num_watchers for feed in self._feeds.values()) >= MAX_WATCHERS:
             raise MoeServerError(
                 f"{MAX_WATCHERS} clients watch already.", "Use Check.", reason=Reason.EXHAUSTED
             )
         last = None
-        with self._feed.watch() as watcher:
+        with self._feed(request.service).watch() as watcher:
             while True:
-                status = _status(request.service, await watcher.next())
+                status = self._status(request.service, await watcher.next())
                 if status != last:
                     await context.write(_response(status))
                 last = status
@@ -62,19 +68,22 @@ class HealthService:
     async def list(self, _request: Message, _context: Context) -> Message:
         """All names and their statuses."""
         response: Any = _list_message("HealthListResponse")()
-        for name in (LIVENESS, READINESS):
-            status = _status(name, self._feed.current)
+        for name in (LIVENESS, *self._feeds):
+            status = self._status(name, self._feed(name).current)
             response.statuses[name].CopyFrom(_response(status))
         message: Message = response
         return message
 
+    def _feed(self, service: str) -> StateFeed:
+        """Whose changes can change the service's status; any will do where none can."""
+        return self._feeds.get(service, self._server)
 
-def _status(service: str, state: ServerState) -> int:
-    if service == LIVENESS:
-        return int(Status.SERVING)
-    if service == READINESS:
-        return int(Status.SERVING if state is ServerState.READY else Status.NOT_SERVING)
-    return int(Status.SERVICE_UNKNOWN)
+    def _status(self, service: str, state: ServerState) -> int:
+        if service == LIVENESS:
+            return int(Status.SERVING)
+        if service in self._feeds:
+            return int(Status.SERVING if state is ServerState.READY else Status.NOT_SERVING)
+        return int(Status.SERVICE_UNKNOWN)
 
 
 def _response(status: int) -> Message:

@@ -14,12 +14,12 @@ from moe_server.open_requests import OpenRequest
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service.deadline import deadline_of
 from moe_server.service.labels import LabelScore, probabilities
-from moe_server.service.prompts import AnyPromptRequest, Prompts
+from moe_server.service.prompts import AnyPromptRequest
 from moe_server.service.registration import Context
+from moe_server.service.registry import Registry
+from moe_server.service.running_model import RunningModel
 from moe_server.service.scoring_validation import check_continuations, check_labels, check_lengths
-from moe_server.service.served_model import ServedModel
-from moe_server.service.validation import check_model, check_priority
-from moe_server.supervisor import Supervisor
+from moe_server.service.validation import check_priority
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ScoringService"]
 
@@ -32,40 +32,38 @@ REMEDY = "Allow more time, or send less at a time."
 class ScoringService:
     """The servicer."""
 
-    def __init__(self, supervisor: Supervisor, model: ServedModel, prompts: Prompts) -> None:
-        self._supervisor = supervisor
-        self._model = model
-        self._prompts = prompts
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
 
     async def Score(  # noqa: N802  # named by the protocol
         self, request: pb.ScoreRequest, context: Context
     ) -> pb.ScoreResponse:
         """Continuations of one prompt."""
-        call = _Call(self._supervisor, self._model, self._prompts, request.priority)
+        running = self._registry.find(request.model)
+        call = _Call(running, request.priority)
         async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
-            with self._supervisor.admit() as place:
-                check_model(request.model, self._model)
-                continuations = check_continuations(request.continuations, self._model)
+            with running.supervisor.admit() as place:
+                continuations = check_continuations(request.continuations, running.model)
                 scored = await call.score(
                     place, request, continuations, deadline, field="continuations"
                 )
         scores = [_continuation_score(one) for one in scored]
-        return pb.ScoreResponse(model=self._model.name, scores=scores, usage=call.usage)
+        return pb.ScoreResponse(model=running.name, scores=scores, usage=call.usage)
 
     async def Classify(  # noqa: N802  # named by the protocol
         self, request: pb.ClassifyRequest, context: Context
     ) -> pb.ClassifyResponse:
         """Labels after one prompt."""
-        call = _Call(self._supervisor, self._model, self._prompts, request.priority)
+        running = self._registry.find(request.model)
+        call = _Call(running, request.priority)
         content_free = []
         async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
-            with self._supervisor.admit() as place:
-                check_model(request.model, self._model)
+            with running.supervisor.admit() as place:
                 labels = check_labels(request)
                 scored = await call.score(place, request, labels, deadline, field="labels")
             for index, prompt in enumerate(request.content_free_prompts):
                 try:
-                    with self._supervisor.admit() as place:
+                    with running.supervisor.admit() as place:
                         others = await call.score(place, prompt, labels, deadline, field="labels")
                 except MoeServerError as error:
                     error.field = f"content_free_prompts[{index}].{error.field}"
@@ -77,7 +75,7 @@ class ScoringService:
             normalizes_length=request.normalizes_length,
         )
         return pb.ClassifyResponse(
-            model=self._model.name,
+            model=running.name,
             label=labels[chances.index(max(chances))],
             labels=[
                 pb.LabelProbability(
@@ -95,12 +93,12 @@ class ScoringService:
         self, request: pb.EmbedRequest, context: Context
     ) -> pb.EmbedResponse:
         """One prompt's mean hidden state."""
-        call = _Call(self._supervisor, self._model, self._prompts, request.priority)
+        running = self._registry.find(request.model)
+        call = _Call(running, request.priority)
         async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
-            with self._supervisor.admit() as place:
-                check_model(request.model, self._model)
+            with running.supervisor.admit() as place:
                 embedding = await call.embed(place, request, deadline)
-        return pb.EmbedResponse(model=self._model.name, embedding=embedding, usage=call.usage)
+        return pb.EmbedResponse(model=running.name, embedding=embedding, usage=call.usage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +120,9 @@ class _Scored:
 class _Call:
     """One call on its way; `stage` says how far it has come, for people."""
 
-    def __init__(
-        self, supervisor: Supervisor, model: ServedModel, prompts: Prompts, priority: int
-    ) -> None:
-        self._supervisor = supervisor
-        self._model = model
-        self._prompts = prompts
+    def __init__(self, running: RunningModel, priority: int) -> None:
+        self._running = running
+        self._model = running.model
         self._priority = check_priority(priority)
         self._num_read = 0
         self.stage = "its prompt was tokenised"
@@ -143,7 +138,7 @@ class _Call:
         field: str,
     ) -> list[_Scored]:
         """The continuations' scores, in order; the first one uses `place`."""
-        alone, wholes = await self._prompts.encode_continued(prompt, continuations, field)
+        alone, wholes = await self._running.prompts.encode_continued(prompt, continuations, field)
         start = check_lengths(alone, wholes, self._model, field)
         self.usage.prompt_tokens += len(alone)
         at_once = asyncio.Semaphore(MAX_AT_ONCE - 1)
@@ -151,7 +146,7 @@ class _Call:
         async def read(whole: list[int], own_place: OpenRequest | None = None) -> _Scored:
             if own_place is None:
                 async with at_once:
-                    with self._supervisor.admit() as later_place:
+                    with self._running.supervisor.admit() as later_place:
                         return await read(whole, later_place)
             targets = whole[start:]
             # Nothing is generated; the token that every request ends with is nobody's.
@@ -180,7 +175,7 @@ class _Call:
         self, place: OpenRequest, prompt: AnyPromptRequest, deadline: float | None
     ) -> list[float]:
         """The pooled hidden states of the prompt's tokens."""
-        token_ids = await self._prompts.encode(prompt)
+        token_ids = await self._running.prompts.encode(prompt)
         if len(token_ids) >= self._model.max_request_tokens:
             raise MoeServerError(
                 f"The prompt has {len(token_ids)} tokens; at most "
@@ -200,7 +195,7 @@ class _Call:
         return (await self._last_event(place, submit)).embedding
 
     async def _last_event(self, place: OpenRequest, submit: Submit) -> TokenEvent:
-        self._supervisor.submit(place, submit)
+        self._running.supervisor.submit(place, submit)
         self.stage = f"{self._num_read} of its prompts were computed"
         async for events in place:
             if events[-1].finish is not None:

@@ -10,7 +10,7 @@ import msgspec
 from moe_server.budget import MemoryPlan
 from moe_server.chat.chat import Chat
 from moe_server.checkpoint import Checkpoint
-from moe_server.config import Config
+from moe_server.config import ModelConfig
 from moe_server.messages import Vocabulary
 from moe_server.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ class ServedModel:
     @classmethod
     def of(
         cls,
-        config: Config,
+        config: ModelConfig,
         checkpoint: Checkpoint,
         memory: MemoryPlan,
         tokenizer: Tokenizer | None,

@@ -1,6 +1,6 @@
-"""The listeners and everything behind them: ports, services, warm-up, engine.
+"""The listeners and everything behind them: ports, services, models.
 
-The port opens first, so that probes and operators are answered while the engine loads. Called by
+The port opens first, so that probes and operators are answered while engines load. Called by
 `moe-server serve` and by tests.
 """
 
@@ -15,20 +15,15 @@ from grpc_reflection.v1alpha import reflection
 from moe_server import __version__
 from moe_server.config import Config
 from moe_server.errors import MoeServerError
-from moe_server.patience import Patience
 from moe_server.service import admin, generation, health, models, scoring, tokenizer
-from moe_server.service.prompts import Prompts
 from moe_server.service.registration import add_service, methods_of
-from moe_server.service.served_model import ServedModel
-from moe_server.supervisor import ENGINE_COMMAND, Supervisor
-from moe_server.warmup.probe import ProbeShape, WarmUp
+from moe_server.service.registry import Registry
+from moe_server.service.running_model import ModelSetup
 
 log = structlog.get_logger(__name__)
 
 MAX_SEND_BYTES = 64 * 2**20
 """A gathered completion with 20 alternatives per token stays far below."""
-MAX_TOKENISING = 2
-"""Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
 CLOSE_GRACE_S = 1.0
 """For RPCs that outlive the drain: watches, and requests past the grace period."""
 
@@ -55,19 +50,13 @@ class Server:
 
     Args:
         config: Resolved.
-        model: What is served.
-        patience: As in Supervisor.
-        engine_command: As in Supervisor.
+        setups: What is served, in the order of the configuration.
+
+    Raises:
+        MoeServerError: An address cannot be listened at.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: ServedModel,
-        patience: Patience,
-        engine_command: Sequence[str] = ENGINE_COMMAND,
-    ) -> None:
-        self._config = config
+    def __init__(self, config: Config, setups: Sequence[ModelSetup]) -> None:
         self._listeners: list[grpc.aio.Server] = []
         options = (
             *CHANNEL_OPTIONS,
@@ -76,28 +65,10 @@ class Server:
         main, self.address = self._listen(config.listen, "listen", options)
         self.admin_address = ""
         probe_secret = secrets.token_hex(16)
-        self.warm_up = WarmUp(
-            config.warmup,
-            ProbeShape.fitting(
-                config.warmup.prompt_tokens,
-                config.warmup.new_tokens,
-                vocab_size=model.vocab_size,
-                max_request_tokens=model.max_request_tokens,
-            ),
-            target=dialable(self.address),
-            batch=min(config.warmup.batch, config.scheduler.max_running),
-            metadata=((generation.PROBE_METADATA_KEY, probe_secret),),
+        self.models = Registry(
+            setups, dialable(self.address), ((generation.PROBE_METADATA_KEY, probe_secret),)
         )
-        vocabulary = model.vocabulary
-        introduction = () if vocabulary is None else (vocabulary,)
-        self.supervisor = Supervisor(
-            config, self.warm_up.prove, engine_command, patience, introduction
-        )
-        self._prompts = Prompts(model, MAX_TOKENISING)
-        generation_service = generation.GenerationService(
-            self.supervisor, model, self._prompts, probe_secret
-        )
-        self._generation = generation_service
+        generation_service = generation.GenerationService(self.models, probe_secret)
         add_service(
             main,
             generation.SERVICE.full_name,
@@ -106,23 +77,20 @@ class Server:
         add_service(
             main,
             models.SERVICE.full_name,
-            methods_of(models.ModelService(model), models.SERVICE),
+            methods_of(models.ModelService(self.models), models.SERVICE),
         )
         add_service(
             main,
             tokenizer.SERVICE.full_name,
-            methods_of(tokenizer.TokenizerService(model), tokenizer.SERVICE),
+            methods_of(tokenizer.TokenizerService(self.models), tokenizer.SERVICE),
         )
         add_service(
             main,
             scoring.SERVICE.full_name,
-            methods_of(
-                scoring.ScoringService(self.supervisor, model, self._prompts), scoring.SERVICE
-            ),
+            methods_of(scoring.ScoringService(self.models), scoring.SERVICE),
         )
         self._add_operator_services(
             main,
-            model,
             tuple(room.SERVICE.full_name for room in (generation, models, scoring, tokenizer)),
             trusts_all_peers=False,
         )
@@ -130,7 +98,7 @@ class Server:
             admin_only, self.admin_address = self._listen(
                 config.admin_listen, "admin_listen", options
             )
-            self._add_operator_services(admin_only, model, (), trusts_all_peers=True)
+            self._add_operator_services(admin_only, (), trusts_all_peers=True)
 
     async def open(self) -> None:
         """Answers from here on; loading goes on behind."""
@@ -139,16 +107,14 @@ class Server:
         log.info("listening", address=self.address)
         if self.admin_address:
             log.info("listening for operators", address=self.admin_address)
-        self.supervisor.start()
-        self._prompts.prepare()
+        self.models.start()
 
     async def shut_down(self, grace_s: float) -> None:
-        """Refuses new requests, lets the accepted ones finish for `grace_s`, ends the engine."""
-        remaining = await self.supervisor.drain(grace_s, for_good=True)
+        """Refuses new requests, lets the accepted ones finish for `grace_s`, ends the engines."""
+        remaining = await self.models.drain(grace_s, for_good=True)
         if remaining:
             log.warning("cutting off requests after the grace period", remaining=remaining)
-        await self.supervisor.stop()
-        await self._generation.close()
+        await self.models.close()
         await asyncio.gather(*(listener.stop(CLOSE_GRACE_S) for listener in self._listeners))
 
     def _listen(
@@ -171,16 +137,15 @@ class Server:
     def _add_operator_services(
         self,
         listener: grpc.aio.Server,
-        model: ServedModel,
         other_services: Sequence[str],
         *,
         trusts_all_peers: bool,
     ) -> None:
         admin_service = admin.AdminService(
-            self.supervisor, model, self.warm_up, __version__, trusts_all_peers=trusts_all_peers
+            self.models, __version__, trusts_all_peers=trusts_all_peers
         )
         add_service(listener, admin.SERVICE.full_name, methods_of(admin_service, admin.SERVICE))
-        health_service = health.HealthService(self.supervisor.feed)
+        health_service = health.HealthService(self.models)
         add_service(listener, health.SERVICE_NAME, health_service.methods())
         names = (*other_services, admin.SERVICE.full_name, health.SERVICE_NAME)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), listener)

@@ -4,8 +4,7 @@ from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service.prompts import Prompts
 from moe_server.service.registration import Context
-from moe_server.service.served_model import ServedModel
-from moe_server.service.validation import check_model
+from moe_server.service.registry import Registry
 
 SERVICE = pb.DESCRIPTOR.services_by_name["TokenizerService"]
 
@@ -17,16 +16,16 @@ MAX_AT_ONCE = 64
 class TokenizerService:
     """The servicer. Its long prompts wait for one another, and generation for none of them."""
 
-    def __init__(self, model: ServedModel) -> None:
-        self._model = model
-        self._prompts = Prompts(model, at_once=1)
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._prompts = {running.name: Prompts(running.model, at_once=1) for running in registry}
         self._num_open = 0
 
     async def Tokenize(  # noqa: N802  # named by the protocol
         self, request: pb.TokenizeRequest, _context: Context
     ) -> pb.TokenizeResponse:
         """A prompt's ids."""
-        check_model(request.model, self._model)
+        prompts = self._prompts[self._registry.find(request.model).name]
         if self._num_open >= MAX_AT_ONCE:
             raise MoeServerError(
                 f"{MAX_AT_ONCE} calls of Tokenize are open, which is the bound.",
@@ -35,7 +34,7 @@ class TokenizerService:
             )
         self._num_open += 1
         try:
-            return pb.TokenizeResponse(token_ids=await self._prompts.encode(request))
+            return pb.TokenizeResponse(token_ids=await prompts.encode(request))
         finally:
             self._num_open -= 1
 
@@ -43,8 +42,7 @@ class TokenizerService:
         self, request: pb.DetokenizeRequest, _context: Context
     ) -> pb.DetokenizeResponse:
         """The ids' text."""
-        model = self._model
-        check_model(request.model, model)
+        model = self._registry.find(request.model).model
         if model.tokenizer is None:
             raise MoeServerError(
                 f"Model {model.name!r} has no tokenizer, so its token ids have no text.",

@@ -15,7 +15,7 @@ import msgspec
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Constraint, ConstraintKind, Sampling, Submit
 from moe_server.proto.moe_server.v1 import generation_pb2
-from moe_server.service.errors import NotFoundError, shorten
+from moe_server.service.errors import shorten
 from moe_server.service.served_model import ServedModel
 
 AnyGenerateRequest: TypeAlias = (
@@ -54,16 +54,6 @@ class Options:
     constraint: Constraint | None
     """Checked for its size only: whether it compiles is found out elsewhere."""
     priority: int
-
-
-def check_model(name: str, model: ServedModel) -> None:
-    """An empty name means the only model.
-
-    Raises:
-        MoeServerError: NOT_FOUND.
-    """
-    if name not in ("", model.name):
-        raise NotFoundError("model", name, f"This server has {model.name!r}.", field="model")
 
 
 def check_options(request: AnyGenerateRequest, model: ServedModel) -> Options:

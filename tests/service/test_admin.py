@@ -102,10 +102,9 @@ async def door():
     ],
 )
 async def test_only_loopback_peers_change_things_but_for_the_admin_listener(door, peer, may):
-    supervisor, warm_up = door.server.supervisor, door.server.warm_up
     context = SimpleNamespace(peer=lambda: peer)
     for trusts in (False, True):
-        service = AdminService(supervisor, make_model(), warm_up, "1", trusts_all_peers=trusts)
+        service = AdminService(door.server.models, "1", trusts_all_peers=trusts)
         if may or trusts:
             await service.Drain(drain(), context)
             await service.Undrain(admin_pb2.UndrainRequest(), context)

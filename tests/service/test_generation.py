@@ -12,7 +12,7 @@ import pytest_asyncio
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
-from moe_server.service.server import MAX_TOKENISING
+from moe_server.service.running_model import MAX_TOKENISING
 from moe_server.state import ServerState
 from moe_server.tokenizer import Tokenizer
 from tests.front_door import (

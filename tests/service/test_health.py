@@ -42,7 +42,7 @@ async def test_every_watcher_is_told_every_change_and_one_leaving_disturbs_nobod
             assert (await watcher.read()).status == STATUS.SERVING
         leaver = watchers.pop(2)
         leaver.cancel()
-        await eventually(lambda: door.server.supervisor.feed.num_watchers == 5)
+        await eventually(lambda: door.server.models.feed.num_watchers == 5)
         for _ in range(3):
             await door.server.supervisor.drain()
             door.server.supervisor.undrain()
@@ -53,7 +53,7 @@ async def test_every_watcher_is_told_every_change_and_one_leaving_disturbs_nobod
         assert not alive.done()
         for watcher in (*watchers, alive):
             watcher.cancel()
-        await eventually(lambda: door.server.supervisor.feed.num_watchers == 0)
+        await eventually(lambda: door.server.models.feed.num_watchers == 0)
 
 
 async def test_list():
@@ -67,6 +67,7 @@ async def test_list():
         assert {name: entry.status for name, entry in response.statuses.items()} == {
             "": STATUS.SERVING,
             GENERATION: STATUS.SERVING,
+            f"{GENERATION}/demo": STATUS.SERVING,
         }
 
 
@@ -85,7 +86,11 @@ async def test_a_watcher_that_lags_keeps_the_newest_change():
 
 
 @pytest.mark.parametrize("state", ServerState)
-def test_only_ready_serves(state):
-    serving = health._status(GENERATION, state) == STATUS.SERVING
-    assert serving == (state is ServerState.READY)
-    assert health._status("", state) == STATUS.SERVING
+async def test_only_ready_serves(state):
+    async with front_door() as door:
+        door.server.supervisor.feed.publish(state)
+        stub = health_pb2_grpc.HealthStub(door.channel)
+        for name in (GENERATION, f"{GENERATION}/demo"):
+            serving = (await stub.Check(check(name))).status == STATUS.SERVING
+            assert serving == (state is ServerState.READY)
+        assert (await stub.Check(check(""))).status == STATUS.SERVING

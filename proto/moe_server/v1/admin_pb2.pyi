@@ -161,8 +161,30 @@ class GetServerStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ModelStatus(_message.Message):
+    __slots__ = ("name", "state", "reason", "startup", "memory", "experts", "offload", "load", "engine_restarts")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STARTUP_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: ServerState
+    reason: str
+    startup: Startup
+    memory: Memory
+    experts: ExpertCounters
+    offload: Offload
+    load: Load
+    engine_restarts: int
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., offload: _Optional[_Union[Offload, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., engine_restarts: _Optional[int] = ...) -> None: ...
+
 class GetServerStatusResponse(_message.Message):
-    __slots__ = ("state", "reason", "version", "model", "startup", "memory", "experts", "load", "uptime", "engine_restarts", "offload")
+    __slots__ = ("state", "reason", "version", "model", "startup", "memory", "experts", "load", "uptime", "engine_restarts", "offload", "models")
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +196,7 @@ class GetServerStatusResponse(_message.Message):
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     ENGINE_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     OFFLOAD_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     state: ServerState
     reason: str
     version: str
@@ -185,7 +208,8 @@ class GetServerStatusResponse(_message.Message):
     uptime: _duration_pb2.Duration
     engine_restarts: int
     offload: Offload
-    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., engine_restarts: _Optional[int] = ..., offload: _Optional[_Union[Offload, _Mapping]] = ...) -> None: ...
+    models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
+    def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., engine_restarts: _Optional[int] = ..., offload: _Optional[_Union[Offload, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("wait",)

@@ -28,7 +28,7 @@ if _version_not_supported:
 class GenerationServiceStub(object):
     """Text and token generation. Failures end the RPC with a status that carries google.rpc details:
     a bad field is INVALID_ARGUMENT + BadRequest, a full queue RESOURCE_EXHAUSTED + RetryInfo, a server
-    that is loading, draining or has lost its engine UNAVAILABLE + RetryInfo, an unknown model
+    whose model is loading, draining or has lost its engine UNAVAILABLE + RetryInfo, an unknown model
     NOT_FOUND + ResourceInfo, an expired deadline DEADLINE_EXCEEDED with the stage reached.
     """
 
@@ -53,7 +53,7 @@ class GenerationServiceStub(object):
 class GenerationServiceServicer(object):
     """Text and token generation. Failures end the RPC with a status that carries google.rpc details:
     a bad field is INVALID_ARGUMENT + BadRequest, a full queue RESOURCE_EXHAUSTED + RetryInfo, a server
-    that is loading, draining or has lost its engine UNAVAILABLE + RetryInfo, an unknown model
+    whose model is loading, draining or has lost its engine UNAVAILABLE + RetryInfo, an unknown model
     NOT_FOUND + ResourceInfo, an expired deadline DEADLINE_EXCEEDED with the stage reached.
     """
 
@@ -97,7 +97,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 class GenerationService(object):
     """Text and token generation. Failures end the RPC with a status that carries google.rpc details:
     a bad field is INVALID_ARGUMENT + BadRequest, a full queue RESOURCE_EXHAUSTED + RetryInfo, a server
-    that is loading, draining or has lost its engine UNAVAILABLE + RetryInfo, an unknown model
+    whose model is loading, draining or has lost its engine UNAVAILABLE + RetryInfo, an unknown model
     NOT_FOUND + ResourceInfo, an expired deadline DEADLINE_EXCEEDED with the stage reached.
     """
 

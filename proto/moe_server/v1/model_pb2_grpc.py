@@ -58,7 +58,7 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """NOT_FOUND + ResourceInfo for an unknown name; an empty name means the only model.
+        """NOT_FOUND + ResourceInfo for an unknown name; an empty name means the first one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

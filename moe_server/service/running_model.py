@@ -1,0 +1,104 @@
+"""One model of a running server: its facts, its engine's supervisor, and what is made for it alone.
+
+Made by `server`, found by name in `registry`; the services use its parts. Knows of no other model.
+"""
+
+import contextvars
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from structlog.contextvars import bind_contextvars
+
+from moe_server.config import ModelConfig
+from moe_server.constraints.trials import Trials
+from moe_server.patience import Patience
+from moe_server.service.prompts import Prompts
+from moe_server.service.served_model import ServedModel
+from moe_server.supervisor import ENGINE_COMMAND, Supervisor
+from moe_server.warmup.probe import ProbeShape, WarmUp
+
+MAX_TOKENISING = 2
+"""Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSetup:
+    """What a model is run with."""
+
+    config: ModelConfig
+    model: ServedModel
+    patience: Patience
+    """As in Supervisor."""
+    engine_command: Sequence[str] = ENGINE_COMMAND
+    """As in Supervisor."""
+
+
+class RunningModel:
+    """A model and its engine. `start` it, then `close`.
+
+    Args:
+        setup: What it is run with.
+        target: The server's own listener, where the warm-up sends its requests.
+        probe_metadata: Lets them in before READY.
+        take_turn: Called around the warm-up with the coroutine function that proves; the server
+            decides when it runs.
+    """
+
+    def __init__(
+        self,
+        setup: ModelSetup,
+        target: str,
+        probe_metadata: Sequence[tuple[str, str]],
+        take_turn: "Callable[[RunningModel], Awaitable[None]]",
+    ) -> None:
+        config, model = setup.config, setup.model
+        self.model = model
+        # Request ids count from 1 in every process, and for every model.
+        self.id_prefix = secrets.token_hex(4)
+        self.warm_up = WarmUp(
+            config.warmup,
+            ProbeShape.fitting(
+                config.warmup.prompt_tokens,
+                config.warmup.new_tokens,
+                model=model.name,
+                vocab_size=model.vocab_size,
+                max_request_tokens=model.max_request_tokens,
+            ),
+            target=target,
+            batch=min(config.warmup.batch, config.scheduler.max_running),
+            metadata=probe_metadata,
+        )
+        self.prompts = Prompts(model, MAX_TOKENISING)
+        vocabulary = model.vocabulary
+        self.trials = None if vocabulary is None else Trials(vocabulary)
+        self.supervisor = Supervisor(
+            config,
+            lambda: take_turn(self),
+            setup.engine_command,
+            setup.patience,
+            () if vocabulary is None else (vocabulary,),
+        )
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    def start(self, *, names_log_lines: bool) -> None:
+        """Spawns the engine.
+
+        Args:
+            names_log_lines: Whether what is logged on the engine's behalf carries the model's name.
+        """
+        # The supervisor's tasks inherit the context that it is started in.
+        context = contextvars.copy_context()
+        if names_log_lines:
+            context.run(bind_contextvars, model=self.name)
+        context.run(self.supervisor.start)
+        self.prompts.prepare()
+
+    async def close(self, *, at_once: bool = False) -> None:
+        """Ends the engine, in order unless `at_once`, and the process that tries constraints."""
+        await self.supervisor.stop(at_once=at_once)
+        if self.trials is not None:
+            await self.trials.close()
