@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from moe_server import cli
 from moe_server.client import Client
 from moe_server.commands import doctor
+from moe_server.commands.format import format_bytes
 from moe_server.kernels import native
 from moe_server.state import ServerState
 from tests.front_door import (
@@ -438,12 +440,20 @@ async def test_serve_refuses_a_taken_port(door):
     assert "Traceback" not in errors.decode()
 
 
-async def serve(*flags: str, listen: str = "127.0.0.1:0"):
-    """A `moe-server serve` with a fake engine; returns it with its address, once READY."""
+async def serve(
+    *flags: str, listen: str = "127.0.0.1:0", config: Path | None = None, ready=(None,)
+):
+    """A `moe-server serve` with fake engines; returns it with its address, once READY.
+
+    `ready` are the models that the log has to call so, where it names them.
+    """
+    waiting = set(ready)
     code = SERVE_WITH_FAKE_ENGINE.replace("FLAGS", repr(flags))
+    with_config = ("--config", str(config)) if config else ()
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, "serve", "--listen", listen, stderr=asyncio.subprocess.PIPE
-    )
+        sys.executable, "-c", code, "serve", "--listen", listen, *with_config,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
     address = ""
     while True:
         line = (await asyncio.wait_for(process.stderr.readline(), WAIT_S)).decode()
@@ -451,7 +461,9 @@ async def serve(*flags: str, listen: str = "127.0.0.1:0"):
         fields = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
         address = fields.get("address", address)
         if fields.get("state") == "ready":
-            return process, address
+            waiting.remove(fields.get("model"))
+            if not waiting:
+                return process, address
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -469,6 +481,68 @@ async def test_serve_finishes_what_it_accepted_and_exits_with_0(number):
     assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
     answer = json.loads((await running).stdout)
     assert answer["completion_tokens"] == 50
+
+
+@pytest.fixture
+def two_models(tmp_path) -> Path:
+    file = tmp_path / "two.toml"
+    file.write_text(
+        'model_name = "heavy"\ndevice_memory = "1GiB"\n[warmup]\nbatch = 2\nprobes = 1\n'
+        '[[models]]\nmodel = "demo"\nmodel_name = "light"\ndevice_memory = "512MiB"\n'
+        "warmup = {batch = 1, probes = 1}\n"
+    )
+    return file
+
+
+async def test_several_models_in_every_command(two_models, tmp_path):
+    names = ("heavy", "light")
+    process, address = await serve("--vocab", "4096", config=two_models, ready=names)
+    target = ("--target", address)
+
+    async def said(*args: str):
+        result = await asyncio.to_thread(invoke, *args, *target)
+        assert result.exit_code == 0, result.output
+        return result
+
+    prompt = ("generate", "--token-ids", "7", "--max-new-tokens", "1", "--json")
+    for flags, model in (((), "heavy"), (("--model", "light"), "light")):
+        assert json.loads((await said(*prompt, *flags)).stdout)["model"] == model
+    unknown = await asyncio.to_thread(invoke, *prompt, "--model", "third", *target)
+    assert unknown.exit_code == cli.EXIT_ERROR
+    assert "NOT_FOUND: There is no model 'third' here. This server has 'heavy', 'light'." in (
+        unknown.stderr
+    )
+    status = (await said("status")).stdout
+    assert re.search(r"model +heavy  ready\n(.*\n)*model +light  ready\n", status)
+    told = json.loads((await said("status", "--json")).stdout)
+    assert [model["name"] for model in told["models"]] == [*names]
+    budgets = [int(model["memory"]["device_budget_bytes"]) for model in told["models"]]
+    assert budgets == [2**30, 2**29]
+    report = tmp_path / "report.json"
+    await said("warmup", "--report", str(report))
+    findings = json.loads(report.read_text())
+    assert [probe["model"] for probe in findings["probes"]] == ["heavy"] * 3 + ["light"] * 3
+    assert json.loads((await said("drain", "--json")).stdout) == {"remaining_requests": 0}
+    assert "draining" in (await said("status")).stdout
+    await said("undrain")
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(process.wait(), WAIT_S) == 0
+
+
+async def test_plan_and_check_config_of_several_models(two_models):
+    config = ("--config", str(two_models))
+    figures = json.loads(invoke("plan", "--json", *config).stdout)
+    heavy, light = figures["models"]
+    assert (heavy["name"], light["name"], figures["name"]) == ("heavy", "light", "heavy")
+    assert (heavy["device_budget_bytes"], light["device_budget_bytes"]) == (2**30, 2**29)
+    total = format_bytes(heavy["memory_bytes"] + light["memory_bytes"])
+    assert re.search(rf"memory of all +{re.escape(total)}\n", invoke("plan", *config).stdout)
+    resolved = invoke("check-config", *config).stdout
+    assert re.search(r"models\[0\]\.model_name +light\n", resolved)
+    two_models.write_text(two_models.read_text().replace("512MiB", "1MiB"))
+    refused = invoke("plan", *config)
+    assert refused.exit_code == cli.EXIT_ERROR
+    assert "Model 'light': device_memory of 1048576 bytes" in refused.stderr
 
 
 def _wait_running(address: str) -> None:

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -272,3 +274,14 @@ def test_models_are_a_list_of_tables(tmp_path, given, key):
     assert caught.value.field == key
     with pytest.raises(MoeServerError, match="in the file given by --config"):
         load_config(environ={"MOE_SERVER_MODELS": "[]"})
+
+
+def test_the_examples_in_the_documentation_are_configurations(tmp_path):
+    root = Path(__file__).parents[1]
+    num_models = []
+    for page in (root / "README.md", root / "docs" / "several-models.md"):
+        [text] = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+        file = tmp_path / "example.toml"
+        file.write_text(text)
+        num_models.append(len(load_config(file, environ={}).all_models))
+    assert num_models == [2, 2]

@@ -33,7 +33,9 @@ class Registry:
         probe_metadata: Sequence[tuple[str, str]],
     ) -> None:
         self._models = {
-            setup.model.name: RunningModel(setup, target, probe_metadata, self._prove)
+            setup.model.name: RunningModel(
+                setup, target, probe_metadata, self._prove, names_log_lines=len(setups) > 1
+            )
             for setup in setups
         }
         assert len(self._models) == len(setups), "the configuration refuses equal names"
@@ -74,11 +76,11 @@ class Registry:
     def start(self) -> None:
         """Spawns every model's engine."""
         for running in self:
-            running.start(names_log_lines=len(self._models) > 1)
+            running.start()
 
     async def drain(self, wait_s: float = 0.0, *, for_good: bool = False) -> int:
         """Refuses new requests; returns how many are still open after `wait_s` at the latest."""
-        drains = (running.supervisor.drain(wait_s, for_good=for_good) for running in self)
+        drains = (running.drain(wait_s, for_good=for_good) for running in self)
         return sum(await asyncio.gather(*drains))
 
     def undrain(self) -> None:
@@ -95,9 +97,8 @@ class Registry:
         await asyncio.gather(*(running.close(at_once=at_once) for running in self))
 
     async def _prove(self, running: RunningModel) -> None:
-        others = [other.supervisor for other in self if other is not running]
-        if not all(other.tried.is_set() for other in others):
-            running.warm_up.stage = "waiting until the other models have loaded"
-            await asyncio.gather(*(other.tried.wait() for other in others))
+        running.warm_up.stage = "waiting for other models to load or warm up"
+        others = (other.supervisor.tried for other in self if other is not running)
+        await asyncio.gather(*(tried.wait() for tried in others))
         async with self._turn:
             await running.warm_up.prove()

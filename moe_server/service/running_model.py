@@ -3,6 +3,7 @@
 Made by `server`, found by name in `registry`; the services use its parts. Knows of no other model.
 """
 
+import asyncio
 import contextvars
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
@@ -41,8 +42,9 @@ class RunningModel:
         setup: What it is run with.
         target: The server's own listener, where the warm-up sends its requests.
         probe_metadata: Lets them in before READY.
-        take_turn: Called around the warm-up with the coroutine function that proves; the server
-            decides when it runs.
+        prove: Called with this model when its engine has loaded; awaits the warm-up when its turn
+            has come.
+        names_log_lines: Whether what is logged on the engine's behalf carries the model's name.
     """
 
     def __init__(
@@ -50,12 +52,18 @@ class RunningModel:
         setup: ModelSetup,
         target: str,
         probe_metadata: Sequence[tuple[str, str]],
-        take_turn: "Callable[[RunningModel], Awaitable[None]]",
+        prove: "Callable[[RunningModel], Awaitable[None]]",
+        *,
+        names_log_lines: bool,
     ) -> None:
         config, model = setup.config, setup.model
         self.model = model
-        # Request ids count from 1 in every process, and for every model.
+        # Request ids count from 1 for every model, in every process.
         self.id_prefix = secrets.token_hex(4)
+        # What runs in it, and the tasks that it starts, log with the name.
+        self._context = contextvars.copy_context()
+        if names_log_lines:
+            self._context.run(bind_contextvars, model=model.name)
         self.warm_up = WarmUp(
             config.warmup,
             ProbeShape.fitting(
@@ -74,7 +82,7 @@ class RunningModel:
         self.trials = None if vocabulary is None else Trials(vocabulary)
         self.supervisor = Supervisor(
             config,
-            lambda: take_turn(self),
+            lambda: prove(self),
             setup.engine_command,
             setup.patience,
             () if vocabulary is None else (vocabulary,),
@@ -84,18 +92,15 @@ class RunningModel:
     def name(self) -> str:
         return self.model.name
 
-    def start(self, *, names_log_lines: bool) -> None:
-        """Spawns the engine.
-
-        Args:
-            names_log_lines: Whether what is logged on the engine's behalf carries the model's name.
-        """
-        # The supervisor's tasks inherit the context that it is started in.
-        context = contextvars.copy_context()
-        if names_log_lines:
-            context.run(bind_contextvars, model=self.name)
-        context.run(self.supervisor.start)
+    def start(self) -> None:
+        """Spawns the engine, and begins to load what the first conversation would wait for."""
+        self._context.run(self.supervisor.start)
         self.prompts.prepare()
+
+    async def drain(self, wait_s: float, *, for_good: bool) -> int:
+        """As Supervisor has it."""
+        draining = self.supervisor.drain(wait_s, for_good=for_good)
+        return await asyncio.create_task(draining, context=self._context)
 
     async def close(self, *, at_once: bool = False) -> None:
         """Ends the engine, in order unless `at_once`, and the process that tries constraints."""

@@ -115,7 +115,7 @@ async def test_first_warm_ups_wait_until_every_model_has_loaded(tmp_path):
         await reach(door, "light", ServerState.WARMING)
         await eventually(lambda: door.server.models.find("light").warm_up.stage != "")
         told = await state_of(door, "light")
-        assert told.startup.stage == "waiting until the other models have loaded"
+        assert told.startup.stage == "waiting for other models to load or warm up"
         assert not told.startup.probes
         await asyncio.to_thread(gate.write_bytes, b"go")
         await door.reach(ServerState.READY)
