@@ -154,6 +154,7 @@ class Client:
         prompt: str | Sequence[int] | Messages,
         continuations: Sequence[str | Sequence[int]],
         *,
+        model: str = "",
         timeout_s: float | None = None,
     ) -> generation_pb2.ScoreResponse:
         """The log-likelihood of each continuation after the prompt.
@@ -161,12 +162,13 @@ class Client:
         Args:
             prompt: Text, token ids or messages.
             continuations: Texts, each as it is written, or token ids.
+            model: Which one; absent: the server's first.
             timeout_s: The deadline; absent: none.
 
         Raises:
             MoeServerError: As `generate_stream`.
         """
-        request = generation_pb2.ScoreRequest()
+        request = generation_pb2.ScoreRequest(model=model)
         _set_prompt(request, prompt)
         for continuation in continuations:
             added = request.continuations.add()
@@ -183,6 +185,7 @@ class Client:
         prompt: str | Messages,
         labels: Sequence[str],
         *,
+        model: str = "",
         normalizes_length: bool = False,
         content_free_prompts: Sequence[str | Messages] = (),
         timeout_s: float | None = None,
@@ -192,6 +195,7 @@ class Client:
         Args:
             prompt: Text or messages.
             labels: Each as it is written: most begin with a space.
+            model: Which one; absent: the server's first.
             normalizes_length: Compares log-likelihoods per token.
             content_free_prompts: The prompt with an input that says nothing, to calibrate with.
             timeout_s: The deadline; absent: none.
@@ -199,7 +203,9 @@ class Client:
         Raises:
             MoeServerError: As `generate_stream`.
         """
-        request = generation_pb2.ClassifyRequest(labels=labels, normalizes_length=normalizes_length)
+        request = generation_pb2.ClassifyRequest(
+            model=model, labels=labels, normalizes_length=normalizes_length
+        )
         _set_prompt(request, prompt)
         for content_free in content_free_prompts:
             _set_prompt(request.content_free_prompts.add(), content_free)
@@ -210,22 +216,26 @@ class Client:
             return response
 
     def embed(
-        self, prompt: str | Sequence[int] | Messages, *, timeout_s: float | None = None
+        self,
+        prompt: str | Sequence[int] | Messages,
+        *,
+        model: str = "",
+        timeout_s: float | None = None,
     ) -> list[float]:
         """The mean of the prompt's last hidden states, of length 1.
 
         Raises:
             MoeServerError: As `generate_stream`.
         """
-        request = generation_pb2.EmbedRequest()
+        request = generation_pb2.EmbedRequest(model=model)
         _set_prompt(request, prompt)
         with self._readable_errors():
             response: generation_pb2.EmbedResponse = self._scoring.Embed(request, timeout=timeout_s)
             return list(response.embedding)
 
-    def tokenize(self, prompt: str | Messages) -> list[int]:
+    def tokenize(self, prompt: str | Messages, *, model: str = "") -> list[int]:
         """The token ids that generation makes of a text or of messages."""
-        request = generation_pb2.TokenizeRequest()
+        request = generation_pb2.TokenizeRequest(model=model)
         _set_prompt(request, prompt)
         with self._readable_errors():
             response: generation_pb2.TokenizeResponse = self._tokenizer.Tokenize(
@@ -233,9 +243,9 @@ class Client:
             )
             return list(response.token_ids)
 
-    def detokenize(self, token_ids: Sequence[int]) -> str:
+    def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         """The text of token ids, without special tokens."""
-        request = generation_pb2.DetokenizeRequest(token_ids=token_ids)
+        request = generation_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
         with self._readable_errors():
             response: generation_pb2.DetokenizeResponse = self._tokenizer.Detokenize(
                 request, timeout=self._timeout_s

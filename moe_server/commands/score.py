@@ -12,6 +12,7 @@ from moe_server.commands.format import print_table
 from moe_server.commands.text import checked
 
 TARGET = click.option("--target", default="127.0.0.1:50051", show_default=True, metavar="HOST:PORT")
+MODEL = click.option("--model", default="", metavar="NAME", help="Default: the server's first.")
 TIMEOUT = click.option(
     "--timeout", type=POSITIVE_SECONDS, metavar="SECONDS", help="The request's deadline."
 )
@@ -22,10 +23,17 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print the respon
 @click.argument("text")
 @click.argument("continuations", nargs=-1, required=True)
 @TARGET
+@MODEL
 @TIMEOUT
 @AS_JSON
 def score(
-    text: str, continuations: tuple[str, ...], target: str, timeout: float | None, *, as_json: bool
+    text: str,
+    continuations: tuple[str, ...],
+    target: str,
+    model: str,
+    timeout: float | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Print the log-likelihood of each of CONTINUATIONS after TEXT.
 
@@ -35,6 +43,7 @@ def score(
         response = client.score(
             checked(text, "TEXT"),
             [checked(continuation, "A continuation") for continuation in continuations],
+            model=model,
             timeout_s=timeout,
         )
     if as_json:
@@ -64,6 +73,7 @@ def score(
     help="TEXT without its content, to calibrate with; repeatable.",
 )
 @TARGET
+@MODEL
 @TIMEOUT
 @AS_JSON
 def classify(
@@ -71,6 +81,7 @@ def classify(
     labels: tuple[str, ...],
     content_free: tuple[str, ...],
     target: str,
+    model: str,
     timeout: float | None,
     *,
     per_token: bool,
@@ -84,6 +95,7 @@ def classify(
         response = client.classify(
             checked(text, "TEXT"),
             [checked(label, "A label") for label in labels],
+            model=model,
             normalizes_length=per_token,
             content_free_prompts=[checked(one, "--content-free") for one in content_free],
             timeout_s=timeout,

@@ -91,6 +91,37 @@ async def test_an_unknown_name_is_told_which_there_are():
             assert "'demo', 'light'" in info.description
 
 
+def reading_calls(door: FrontDoor, model: str) -> list:
+    """A call of each method that reads a prompt without generating."""
+    ids, score = generation_pb2.TokenIds(ids=[5]), generation_pb2.ScoreRequest(model=model)
+    score.token_ids.ids.append(5)
+    score.continuations.add(token_ids=ids)
+    text = {"model": model, "text": "a"}
+    return [
+        door.scoring.Score(score),
+        door.scoring.Embed(generation_pb2.EmbedRequest(model=model, token_ids=ids)),
+        door.scoring.Classify(generation_pb2.ClassifyRequest(**text, labels=["b", "c"])),
+        door.tokenizer.Tokenize(generation_pb2.TokenizeRequest(**text)),
+        door.tokenizer.Detokenize(generation_pb2.DetokenizeRequest(model=model, token_ids=[5])),
+    ]
+
+
+async def test_what_reads_prompts_takes_the_model_it_names_too():
+    async with front_door(beside=[light(tokenizer=None)]) as door:
+        answers = [await call for call in reading_calls(door, "")]
+        assert [answer.model for answer in answers[:3]] == ["demo"] * 3
+        score, embed, *of_text = reading_calls(door, "light")
+        assert ((await score).model, (await embed).model) == ("light", "light")
+        for call in of_text:
+            failed = await failure(call)
+            assert failed.code == grpc.StatusCode.FAILED_PRECONDITION
+            assert "Model 'light' has no tokenizer" in failed.message
+        for call in reading_calls(door, "heavy"):
+            failed = await failure(call)
+            assert failed.code == grpc.StatusCode.NOT_FOUND
+            assert "'demo', 'light'" in failed.details[0].description
+
+
 async def test_request_ids_of_two_models_differ():
     async with front_door(beside=[light()]) as door:
         ids = set()
