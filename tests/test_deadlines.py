@@ -50,6 +50,18 @@ def test_a_larger_step_that_took_less_shows_what_smaller_ones_can_take():
     assert known({1: 3.0, 8: 1.5}).least_s(1) == 1.5
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_was_said_before_does_not_outlive_a_faster_step(seed):
+    choose = random.Random(seed)
+    asked, fresh_costs = StepCosts(), StepCosts()
+    for _ in range(60):
+        num_tokens, seconds = choose.randint(1, 512), choose.random()
+        asked.observe(num_tokens, seconds)
+        fresh_costs.observe(num_tokens, seconds)
+        of = choose.randint(1, 1024)
+        assert asked.least_s(of) == deepcopy(fresh_costs).least_s(of)
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_bounds_never_exceed_a_cost_that_grows_with_the_tokens(seed):
     choose = random.Random(seed)
