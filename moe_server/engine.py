@@ -100,6 +100,8 @@ class Engine:
         """Forgets a request; nothing is reported for it any more."""
         self.scheduler.remove(request_id)
         self.compiler.forget(request_id)
+        # It may have failed in the step that reads the cancellation.
+        self._failed = [failed for failed in self._failed if failed.request_id != request_id]
 
     @property
     def idle(self) -> bool:

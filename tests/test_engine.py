@@ -176,6 +176,20 @@ def test_a_request_cancelled_while_it_is_prefilled(path):
         assert_empty(engine)
 
 
+def test_a_request_cancelled_as_it_fails_is_not_heard_of_again(engine, monkeypatch):
+    forward = engine.model.forward
+
+    def leaving(batch, poll):
+        batch[0].fail(MoeServerError("Its expert cannot be read."))
+        engine.cancel(0)
+        return forward(batch, poll)
+
+    monkeypatch.setattr(engine.model, "forward", leaving)
+    submit(engine)
+    done = engine.step()
+    assert (done.tokens, done.failed) == ([], [])
+
+
 def test_cancelling_what_is_not_there_does_nothing(engine):
     engine.cancel(12345)
 
