@@ -205,6 +205,10 @@ class Engine:
         self, logits: torch.Tensor, sequences: list[Sequence]
     ) -> tuple[torch.Tensor, list[Sequence]]:
         """Ends requests whose logits are not finite: there is no token to choose from them."""
+        # A sum is finite only if everything in it is, and takes 0.15 ms for 32 rows of 32,000 where
+        # looking at each number takes 2.6. Finite numbers can have a sum that is not.
+        if logits.sum(dim=-1).isfinite().all():
+            return logits, sequences
         finite = logits.isfinite().all(dim=-1).tolist()
         if all(finite):
             return logits, sequences

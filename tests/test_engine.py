@@ -436,13 +436,16 @@ def test_a_config_that_transformers_refuses_is_the_users_to_mend(
     assert caught.value.reason is Reason.INVALID
 
 
-def test_logits_that_are_not_finite_end_their_own_request_only(engine, expected, monkeypatch):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_not_finite_end_their_own_request_only(
+    engine, expected, monkeypatch, value
+):
     sample_from = engine.model.forward
 
     def overflowing(batch, poll):
         with torch.inference_mode():
             logits = sample_from(batch, poll).clone()
-            logits[0, 3] = torch.nan
+            logits[0, 3] = value
         return logits
 
     monkeypatch.setattr(engine.model, "forward", overflowing)
@@ -457,3 +460,16 @@ def test_logits_that_are_not_finite_end_their_own_request_only(engine, expected,
         answer += [event.token_id for event in engine.step().tokens]
     assert answer == expected[1]
     assert_empty(engine)
+
+
+def test_finite_logits_whose_sum_is_not_are_served(engine, monkeypatch):
+    sample_from = engine.model.forward
+
+    def enormous(batch, poll):
+        with torch.inference_mode():
+            logits = sample_from(batch, poll).clone()
+            logits[:, 3:9] = torch.finfo(torch.float32).max
+        return logits
+
+    monkeypatch.setattr(engine.model, "forward", enormous)
+    assert token_ids(run(engine, greedy([PROMPT], 4))[0]) == [3] * 4
