@@ -9,33 +9,27 @@ one probe after a restart.
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.child import drop_page_cache
+from benchmarks.engine_server import (
+    END_TIMEOUT_S,
+    START_TIMEOUT_S,
+    engine_of,
+    half_resident,
+    running_server,
+    wait_ready,
+)
 from benchmarks.loads import prompt
-from moe_server.budget import plan_memory
-from moe_server.checkpoint import read_checkpoint
-from moe_server.client import Client, RetryableError, UnreachableError
-from moe_server.config import load_config
-from moe_server.proto.moe_server.v1 import admin_pb2, generation_pb2
+from moe_server.client import Client, RetryableError
+from moe_server.proto.moe_server.v1 import generation_pb2
 
 NUM_STREAMS = 8
 NEW_TOKENS = 2000
 PROMPT_TOKENS = 16
-POLL_S = 0.02
-START_TIMEOUT_S = 300
-END_TIMEOUT_S = 60
-
-
-class RestartFailedError(Exception):
-    """The server did not do what is measured; the message says what it did."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +57,27 @@ def measure(model: Path, folder: Path) -> Restart:
         folder: For the server's log and socket.
 
     Raises:
-        RestartFailedError: It ended, failed, or took too long.
+        ServerFailedError: It ended, failed, or took too long.
     """
     drop_page_cache()
     address = f"unix:{folder / 'bench-engine.sock'}"
     log = folder / "logs/restart.log"
-    with _server(model, address, log) as process, Client(address) as client:
+    flags = ["--device-memory", str(half_resident(str(model)))]
+    with (
+        running_server(str(model), flags, address, log) as process,
+        Client(address) as client,
+    ):
         started = time.monotonic()
-        _wait_ready(client, process, log, num_restarts=0)
+        wait_ready(client, process, log)
         first_ready_s = time.monotonic() - started
         streams = [_Stream(address, number) for number in range(NUM_STREAMS)]
         for stream in streams:
             stream.begun.wait(START_TIMEOUT_S)
         killed = time.monotonic()
-        os.kill(_engine(process.pid), signal.SIGKILL)
-        _wait_ready(client, process, log, num_restarts=1)
+        os.kill(engine_of(process.pid), signal.SIGKILL)
+        wait_ready(client, process, log, num_restarts=1)
         ready_again_s = time.monotonic() - killed
-        read_bytes = _read_bytes(_engine(process.pid))
+        read_bytes = _read_bytes(engine_of(process.pid))
         for stream in streams:
             stream.join(END_TIMEOUT_S)
         told = sum(stream.was_told_to_retry for stream in streams)
@@ -114,59 +112,6 @@ class _Stream(threading.Thread):
                 self.was_told_to_retry = "Retry after" in error.remedy
             finally:
                 self.begun.set()
-
-
-@contextmanager
-def _server(model: Path, address: str, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "moe_server", "serve", "--model", str(model)]
-    budget = ["--device-memory", str(_half_resident(model))]
-    with log.open("w") as printed:
-        process = subprocess.Popen(
-            [*command, *budget, "--listen", address], stdout=printed, stderr=printed
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()  # its engine dies with it
-            process.wait()
-
-
-def _half_resident(model: Path) -> int:
-    config = load_config(flags={"model": str(model), "device_memory": "min"}, environ={})
-    plan = plan_memory(config, read_checkpoint(model))
-    return plan.minimum_device_bytes + (plan.num_experts_total // 2 - 1) * plan.slot_bytes
-
-
-def _wait_ready(
-    client: Client, process: "subprocess.Popen[bytes]", log: Path, num_restarts: int
-) -> None:
-    give_up_at = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < give_up_at:
-        if process.poll() is not None:
-            raise RestartFailedError(f"the server ended with {process.returncode}; see {log}")
-        with suppress(UnreachableError):
-            status = client.status()
-            if status.engine_restarts > num_restarts:
-                raise RestartFailedError(f"the engine was lost once more; see {log}")
-            is_this_life = status.engine_restarts == num_restarts
-            if is_this_life and status.state == admin_pb2.SERVER_STATE_READY:
-                return
-            if status.state == admin_pb2.SERVER_STATE_FAILED:
-                raise RestartFailedError(f"the server failed: {status.reason}")
-        time.sleep(POLL_S)
-    raise RestartFailedError(f"the server was not READY within {START_TIMEOUT_S} s; see {log}")
-
-
-def _engine(server: int) -> int:
-    """The process id of a server's engine."""
-    children = Path(f"/proc/{server}/task/{server}/children").read_text(encoding="ascii").split()
-    if len(children) != 1:
-        raise RestartFailedError(f"the server has {len(children)} processes, expected its engine")
-    return int(children[0])
 
 
 def _read_bytes(process: int) -> int:

@@ -1,0 +1,94 @@
+"""The command that an operator starts, for benchmarks of the engine process around the model.
+
+Starts and ends it, waits for its states and looks at its two processes from outside. Knows nothing
+of what is measured.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moe_server.budget import plan_memory
+from moe_server.checkpoint import read_checkpoint
+from moe_server.client import Client, UnreachableError
+from moe_server.config import load_config
+from moe_server.proto.moe_server.v1 import admin_pb2
+
+POLL_S = 0.02
+START_TIMEOUT_S = 300
+END_TIMEOUT_S = 60
+
+
+class ServerFailedError(Exception):
+    """The server did not do what is measured; the message says what it did."""
+
+
+@contextmanager
+def running_server(
+    model: str, flags: Sequence[str], address: str, log: Path
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """`moe-server serve`, ended on leaving.
+
+    Args:
+        model: As the command takes it.
+        flags: Further ones.
+        address: Where it listens.
+        log: For what it prints.
+    """
+    command = [sys.executable, "-m", "moe_server", "serve", "--model", model, "--listen", address]
+    with log.open("w") as printed:
+        process = subprocess.Popen([*command, *flags], stdout=printed, stderr=printed)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its engine dies with it
+            process.wait()
+
+
+def wait_ready(
+    client: Client, process: "subprocess.Popen[bytes]", log: Path, num_restarts: int = 0
+) -> None:
+    """Waits until the server is READY in its engine's life number `num_restarts`.
+
+    Raises:
+        ServerFailedError: It ended, failed, lost its engine once more, or took too long.
+    """
+    give_up_at = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < give_up_at:
+        if process.poll() is not None:
+            raise ServerFailedError(f"the server ended with {process.returncode}; see {log}")
+        with suppress(UnreachableError):
+            status = client.status()
+            if status.engine_restarts > num_restarts:
+                raise ServerFailedError(f"the engine was lost once more; see {log}")
+            is_this_life = status.engine_restarts == num_restarts
+            if is_this_life and status.state == admin_pb2.SERVER_STATE_READY:
+                return
+            if status.state == admin_pb2.SERVER_STATE_FAILED:
+                raise ServerFailedError(f"the server failed: {status.reason}")
+        time.sleep(POLL_S)
+    raise ServerFailedError(f"the server was not READY within {START_TIMEOUT_S} s; see {log}")
+
+
+def engine_of(server: int) -> int:
+    """The process id of a server's engine."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text(encoding="ascii").split()
+    for child in map(int, children):
+        command = Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"moe_server.engine_process" in command:
+            return child
+    raise ServerFailedError(f"the server has {len(children)} processes, none of them its engine")
+
+
+def half_resident(model: str, **flags: object) -> int:
+    """A device budget in which half of a model's experts have a place; `flags` are config keys."""
+    config = load_config(flags={"model": model, "device_memory": "min", **flags}, environ={})
+    plan = plan_memory(config, read_checkpoint(config.model_path))
+    return plan.minimum_device_bytes + (plan.num_experts_total // 2 - 1) * plan.slot_bytes
