@@ -66,9 +66,11 @@ MODELS = {
         Model("bf16-4.gguf", MIXTRAL_4, "gguf-bf16", "bf16-4"),
         Model("q4_0-4.gguf", MIXTRAL_4, "gguf-q4_0", "bf16-4.gguf"),
         Model("int4-4", MIXTRAL_4, "int4", "bf16-4"),
+        Model("int4-4-synth", MIXTRAL_4, "int4"),
         Model("int4-32", MIXTRAL_32, "int4"),
         Model("q4_0-32.gguf", MIXTRAL_32, "gguf-q4_0"),
         Model("bf16-small", SMALL, "bf16"),
+        Model("int4-small", SMALL, "int4"),
         Model("bf16-small.gguf", SMALL, "gguf-bf16", "bf16-small"),
     )
 }
