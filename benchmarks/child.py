@@ -107,7 +107,9 @@ def running(
             env={**os.environ, **environ, ANSWERS: str(writing)},
             pass_fds=[writing],
             text=True,
-            start_new_session=True,  # so that it and all it starts can be ended together
+            # So that it and all it starts can be ended together. Not a session: Linux gives each
+            # a share of the processors of its own, not that of what it is compared with.
+            process_group=0,
         )
         os.close(writing)
         try:
