@@ -127,7 +127,7 @@ class _Soaking:
         self._accepted = self._refused = 0
 
     async def run(self, seconds: float, capacity_s: float) -> Soak:
-        model = self._client.model()
+        [model] = self._client.models()
         async with reached(self._address, model.vocab_size) as target:
             capacity = await self._capacity(target, capacity_s)
             await self._all_left()
