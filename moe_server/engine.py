@@ -14,6 +14,7 @@ import torch
 from moe_server.budget import MemoryPlan, usable_cores
 from moe_server.config import ModelConfig
 from moe_server.constraints.compiler import Compiler
+from moe_server.constraints.matcher import CrowdedError
 from moe_server.deadlines import hopeless
 from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels import native
@@ -159,6 +160,9 @@ class Engine:
                 continue
             try:
                 finish = _finish(sequence)
+            except CrowdedError:
+                finish = None
+                self._go_on_alone(sequence)
             except MoeServerError as error:
                 self._fail([sequence], error)
                 continue
@@ -179,6 +183,13 @@ class Engine:
                 )
             )
         return events
+
+    def _go_on_alone(self, sequence: Sequence) -> None:
+        """Takes a request out of the schedule until it has a matcher that it shares with nobody."""
+        self.scheduler.remove(sequence.request.request_id)
+        sequence.num_computed = 0
+        sequence.waiting_since = time.monotonic()
+        self.compiler.begin_alone(sequence)
 
     def _account(self, step: Many[Scheduled], started: float, before: "_Spent") -> None:
         """Adds the step's time and bytes to each of its requests."""
@@ -328,7 +339,8 @@ def _finish(sequence: Sequence) -> FinishReason | None:
     """Why a request ends with its newest token, if it does; moves its constraint on if not.
 
     Raises:
-        MoeServerError: Its constraint takes too much, or no token can follow.
+        CrowdedError: Its constraint takes too much together with those of others.
+        MoeServerError: It takes too much, or no token can follow.
     """
     request, token_id, matcher = sequence.request, sequence.token_ids[-1], sequence.matcher
     if token_id in request.eos_token_ids:
@@ -337,7 +349,12 @@ def _finish(sequence: Sequence) -> FinishReason | None:
         return FinishReason.STOP_TOKEN
     is_last = sequence.num_completion_tokens == request.max_new_tokens
     if matcher is not None:
-        matcher.accept(token_id, look=not is_last)
+        try:
+            matcher.accept(token_id, look=not is_last)
+        except CrowdedError:
+            if is_last:  # Nothing follows; whether something might have is not known.
+                return FinishReason.LENGTH
+            raise
         if matcher.is_complete:
             return FinishReason.END_OF_SEQUENCE
     return FinishReason.LENGTH if is_last else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from moe_server.constraints.matcher import Compiled, Matcher, compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
 from moe_server.errors import MoeServerError, Reason
-from moe_server.messages import Submit, Vocabulary
+from moe_server.messages import Constraint, Submit, Vocabulary
 from moe_server.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ class Compiler:
     def begin(self, sequence: Sequence) -> None:
         """Starts to make the matcher of a request that has a constraint."""
         future = self._thread.submit(self._make, sequence.request)
+        self._futures[sequence.request.request_id] = sequence, future
+
+    def begin_alone(self, sequence: Sequence) -> None:
+        """Starts to make a matcher, shared with nobody, for the text that a request has so far."""
+        future = self._thread.submit(self._make_alone, sequence)
         self._futures[sequence.request.request_id] = sequence, future
 
     def forget(self, request_id: int) -> None:
@@ -89,12 +94,29 @@ class Compiler:
         digest = constraint.digest
         compiled = self._compiled.get(digest)
         if compiled is None or compiled.is_spent:
-            if self._tokenizer is None:
-                self._tokenizer = build_tokenizer(vocabulary)
-            compiled = compile_constraint(constraint, self._tokenizer, vocabulary.vocab_size)
+            compiled = self._compile(constraint, vocabulary)
             self._compiled[digest] = compiled
             while len(self._compiled) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(digest)
-        # A request that ends at no end-of-sequence token never gets one.
-        return compiled.fork([] if request.eos_token_ids else vocabulary.eos_token_ids)
+        return compiled.fork(_never(request, vocabulary))
+
+    def _make_alone(self, sequence: Sequence) -> Matcher:
+        request, vocabulary = sequence.request, self._vocabulary
+        assert request.constraint is not None
+        assert vocabulary is not None
+        matcher = self._compile(request.constraint, vocabulary).fork(_never(request, vocabulary))
+        for token_id in sequence.token_ids[sequence.num_prompt_tokens :]:
+            matcher.accept(token_id, look=False)
+        matcher.look()
+        return matcher
+
+    def _compile(self, constraint: Constraint, vocabulary: Vocabulary) -> Compiled:
+        if self._tokenizer is None:
+            self._tokenizer = build_tokenizer(vocabulary)
+        return compile_constraint(constraint, self._tokenizer, vocabulary.vocab_size)
+
+
+def _never(request: Submit, vocabulary: Vocabulary) -> list[int]:
+    """A request that ends at no end-of-sequence token never gets one."""
+    return [] if request.eos_token_ids else vocabulary.eos_token_ids

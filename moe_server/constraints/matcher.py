@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from moe_server.constraints.bounds import limits
 from moe_server.constraints.grammar import refusal, to_grammar
+from moe_server.errors import MoeServerError
 from moe_server.messages import Constraint
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ PROBLEMS = {
     "LexerTooComplex": "it allows too many ways to go on",
 }
 """llguidance's reasons to stop, in words."""
+TOO_MANY_STATES = "too many states"
+"""What its message says where the lexer's bound on states is reached."""
 EMPTY_ONLY = "it allows no text but the empty one"
 MAX_FORKS = 256
 """Requests that share a compiled constraint; the next ones share another."""
@@ -31,12 +34,19 @@ MAX_PROBLEM_CHARS = 300
 """llguidance's messages quote what they are about."""
 
 
+class CrowdedError(MoeServerError):
+    """Requests that share a compiled constraint need too many states together; one alone may not.
+
+    `Compiler.begin_alone` gives the request a matcher that it shares with nobody.
+    """
+
+
 class Compiled:
     """A constraint as the requests that have it share it. Made by `compile_constraint`.
 
     They share llguidance's lexer, whose states are computed when they are first needed: what one
-    request has paid for is there for the next. They share its bound on states too, so a constraint
-    that can need ever more of them is not to be used for ever.
+    request has paid for is there for the next. They share its bound on states too: whoever comes
+    upon it because of others goes on alone.
     """
 
     __slots__ = (
@@ -60,6 +70,11 @@ class Compiled:
         if first.is_complete:
             raise refusal(constraint, EMPTY_ONLY)
         self._first_allowed = first.allowed
+
+    @property
+    def is_shared(self) -> bool:
+        """Other requests had it too, and states of theirs are in it."""
+        return self._num_forks > 1
 
     def fork(self, never: list[int]) -> "Matcher":
         """A matcher for one request.
@@ -106,6 +121,7 @@ class Matcher:
             look: Whether another may follow. If not, only `is_complete` is kept up to date.
 
         Raises:
+            CrowdedError: It would alone perhaps not.
             MoeServerError: Saying what may follow would take too much.
         """
         self._matcher.consume_token(token_id)
@@ -124,7 +140,10 @@ class Matcher:
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         if self._matcher.is_error():
             self._compiled.is_spent = True
-            raise refusal(self._compiled.constraint, problem_of(self._matcher))
+            error = refusal(self._compiled.constraint, problem_of(self._matcher))
+            if self._compiled.is_shared and TOO_MANY_STATES in error.message:
+                raise CrowdedError(error.message, field=error.field)
+            raise error
         self.allow(np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_))
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:

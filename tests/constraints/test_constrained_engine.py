@@ -193,6 +193,32 @@ def test_a_constraint_that_becomes_too_costly_fails_its_request_only(engine, mon
     engine.scheduler.check_integrity()
 
 
+def test_what_a_request_gets_does_not_depend_on_who_shares_its_constraint(engine, monkeypatch):
+    """Each of them needs a third of the states that there may be, and all have one `Compiled`."""
+    monkeypatch.setattr(matcher, "limits", lambda: LLParserLimits(max_lexer_states=2000))
+    costly = constraint("regex", "(a|b|c)*a(a|b|c){1000}")
+    requests = [
+        submit(seed, costly, Sampling(temperature=3.0, seed=seed), new_tokens=150)
+        for seed in range(8)
+    ]
+    alone = []
+    for request in requests:
+        engine.compiler._compiled.clear()
+        alone += run(engine, [request])
+    engine.compiler._compiled.clear()
+    went_alone = []
+    begin_alone = engine.compiler.begin_alone
+    monkeypatch.setattr(
+        engine.compiler,
+        "begin_alone",
+        lambda sequence: (went_alone.append(sequence), begin_alone(sequence)),
+    )
+    together = run(engine, requests)
+    assert went_alone
+    assert [events_of(events) for events in together] == [events_of(events) for events in alone]
+    assert {len(events) for events in together} == {150}
+
+
 def test_an_engine_that_was_told_no_vocabulary_refuses(engine):
     with running_engine(Config().model_path, max_total_tokens=256) as untold:
         untold.submit(submit(0, JSON))
