@@ -135,6 +135,7 @@ def test_log_probabilities_are_the_model_s_own(engine):
 
 def test_a_request_that_leaves_while_its_constraint_is_compiled(engine, monkeypatch):
     waiting = Future()
+    engine.compiler._compiled.clear()
     monkeypatch.setattr(engine.compiler._thread, "submit", lambda *_: waiting)
     engine.submit(submit(7, JSON))
     assert not engine.idle
@@ -146,6 +147,7 @@ def test_a_request_that_leaves_while_its_constraint_is_compiled(engine, monkeypa
 
 def test_others_run_while_a_constraint_is_compiled(engine, monkeypatch):
     waiting = Future()
+    engine.compiler._compiled.clear()
     thread_submit = engine.compiler._thread.submit
     monkeypatch.setattr(engine.compiler._thread, "submit", lambda *_: waiting)
     engine.submit(submit(7, JSON))
@@ -153,7 +155,8 @@ def test_others_run_while_a_constraint_is_compiled(engine, monkeypatch):
     engine.submit(submit(8, new_tokens=3))
     ids = [[event.request_id for event in engine.step().tokens] for _ in range(3)]
     assert ids == [[8], [8], [8]]
-    waiting.set_result(thread_submit(engine.compiler._make, submit(7, JSON)).result())
+    compile_now = engine.compiler._compile
+    waiting.set_result(thread_submit(compile_now, JSON, demo_vocabulary()).result())
     events = []
     while not engine.idle:
         events += engine.step().tokens
@@ -217,6 +220,69 @@ def test_what_a_request_gets_does_not_depend_on_who_shares_its_constraint(engine
     assert went_alone
     assert [events_of(events) for events in together] == [events_of(events) for events in alone]
     assert {len(events) for events in together} == {150}
+
+
+def test_a_compiled_constraint_waits_for_no_other_to_be_compiled(engine, monkeypatch):
+    run(engine, [submit(0, JSON)])
+    never = Future()
+    monkeypatch.setattr(engine.compiler._thread, "submit", lambda *_: never)
+    engine.submit(submit(1, constraint("regex", "not seen before")))
+    engine.submit(submit(2, JSON, new_tokens=1))
+    [event] = engine.step().tokens
+    assert event.request_id == 2
+    engine.cancel(1)
+    assert engine.idle
+    assert never.cancelled()
+
+
+def test_requests_with_the_same_new_constraint_are_compiled_for_once(engine, monkeypatch):
+    never, submitted = Future(), []
+    monkeypatch.setattr(
+        engine.compiler._thread, "submit", lambda *_: (submitted.append(1), never)[1]
+    )
+    what = constraint("regex", "nor this")
+    engine.submit(submit(1, what))
+    engine.submit(submit(2, what))
+    assert len(submitted) == 1
+    engine.cancel(1)
+    assert not never.cancelled()
+    engine.cancel(2)
+    assert never.cancelled()
+
+
+def test_only_so_many_wait_to_be_compiled(engine, monkeypatch):
+    monkeypatch.setattr("moe_server.constraints.compiler.MAX_COMPILING", 2)
+    monkeypatch.setattr(engine.compiler._thread, "submit", lambda *_: Future())
+    for number in range(3):
+        engine.submit(submit(number, constraint("regex", f"queued {number}")))
+    [failure] = engine.step().failed
+    assert (failure.request_id, failure.reason) == (2, Reason.EXHAUSTED)
+    engine.cancel_all()
+    assert engine.idle
+    assert not engine.compiler._compiling
+
+
+class PanicError(BaseException):
+    """As PyO3's, which is no Exception."""
+
+
+def test_whatever_a_compilation_raises_fails_its_request_only(engine, monkeypatch, capfd):
+    def panics(*_):
+        raise PanicError
+
+    monkeypatch.setattr("moe_server.constraints.compiler.compile_constraint", panics)
+    engine.submit(submit(1, constraint("regex", "panics")))
+    engine.submit(submit(2, new_tokens=2))
+    failed, tokens = [], []
+    while not engine.idle:
+        done = engine.step()
+        failed += done.failed
+        tokens += done.tokens
+    [failure] = failed
+    assert (failure.request_id, failure.reason) == (1, Reason.UNAVAILABLE)
+    assert "PanicError" in failure.message
+    assert "PanicError" in capfd.readouterr().err
+    assert [event.request_id for event in tokens] == [2, 2]
 
 
 def test_an_engine_that_was_told_no_vocabulary_refuses(engine):
