@@ -9,7 +9,7 @@ import traceback
 from collections import OrderedDict
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_server.constraints.matcher import Compiled, Matcher, compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
@@ -109,7 +109,7 @@ class Compiler:
             wait_s: How long to wait for the first where none is ready.
         """
         if self._waiting:
-            futures = {waiting.future for waiting in self._waiting.values()}
+            futures: set[Future[Any]] = {waiting.future for waiting in self._waiting.values()}
             wait(futures, 0.0 if self._ready else wait_s, FIRST_COMPLETED)
             self._keep_compiled()
             for request_id, waiting in list(self._waiting.items()):
