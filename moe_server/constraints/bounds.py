@@ -13,6 +13,9 @@ STACK_BYTES = 2**20
 """An eighth of what the engine's threads have (half where `ulimit -s` is unlimited): what fits here
 does not overflow there."""
 
+TOO_SLOW = f"it takes more than {COMPILE_S:g} s of processor time to compile"
+TOO_LARGE = f"it needs more than {MEMORY_BYTES // 2**20} MiB to compile, or nests too deeply"
+
 
 def limits() -> "LLParserLimits":
     """What llguidance itself keeps to.

@@ -2,7 +2,8 @@
 
 It may die of a constraint: the kernel ends it when one takes too much processor time or memory, and
 a stack that overflows does too. Reads the vocabulary and then constraints from stdin, and answers
-each on stdout with an error message, empty where there is none.
+each on stdout twice: with nothing when the limits hold that it may die of, and then with an error
+message, empty where there is none.
 """
 
 import re
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from moe_server.constraints.bounds import COMPILE_S, MEMORY_BYTES, STACK_BYTES
+from moe_server.constraints.bounds import COMPILE_S, MEMORY_BYTES, STACK_BYTES, TOO_LARGE
 from moe_server.constraints.frames import HEADER_BYTES, length_of, pack
+from moe_server.constraints.grammar import refusal
 from moe_server.constraints.matcher import compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
 from moe_server.errors import MoeServerError
@@ -42,15 +44,21 @@ def main() -> None:
             compile_constraint(constraint, tokenizer, vocabulary.vocab_size).fork([])
         except MoeServerError as error:
             return error.message
+        except MemoryError:
+            return refusal(constraint, TOO_LARGE).message
         return ""
 
     while frame := _read():
         constraint = decoder.decode(frame)
         # From what there is now: what the allocator keeps of earlier ones is not this one's.
         limit_bytes = _data_bytes() + MEMORY_BYTES
-        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, resource.RLIM_INFINITY))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard != resource.RLIM_INFINITY:
+            limit_bytes = min(limit_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_bytes, hard))
         # Its signal's default action is the end of the process, whatever code is running.
         signal.setitimer(signal.ITIMER_PROF, COMPILE_S)
+        _answer("")
         message = _on_small_stack(partial(try_one, constraint))
         signal.setitimer(signal.ITIMER_PROF, 0)
         _answer(message)

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import msgspec
 
-from moe_server.constraints.bounds import COMPILE_S, MEMORY_BYTES
+from moe_server.constraints.bounds import COMPILE_S, TOO_LARGE, TOO_SLOW
 from moe_server.constraints.frames import HEADER_BYTES, length_of, pack
 from moe_server.constraints.grammar import refusal
 from moe_server.errors import MoeServerError, Reason
@@ -20,12 +21,27 @@ from moe_server.messages import Constraint, Vocabulary
 
 MAX_VERDICTS = 512
 MAX_PENDING = 32
-"""Constraints that may wait for their turn; the last of them waits a minute at worst."""
-PATIENCE_S = 10 * COMPILE_S
+"""Constraints that may wait for their turn; the last of them waits a minute, or gives up before."""
+PATIENCE_S = 5 * COMPILE_S
 """Of the clock's time, for a process that may not get the processor; also for its start."""
 
-_TOO_SLOW = f"it takes more than {COMPILE_S:g} s of processor time to compile"
-_TOO_LARGE = f"it needs more than {MEMORY_BYTES // 2**20} MiB to compile, or nests too deeply"
+BLAMED = {
+    signal.SIGPROF: TOO_SLOW,
+    signal.SIGXCPU: TOO_SLOW,
+    signal.SIGSEGV: TOO_LARGE,
+    signal.SIGABRT: TOO_LARGE,
+}
+"""What a process that dies of a constraint dies of. Other deaths are not the constraint's fault."""
+ATTEMPTS = 2
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A trial under way, and how many requests wait for it."""
+
+    task: asyncio.Task[str]
+    num_waiting: int = 0
+    has_turn: bool = False
 
 
 class Trials:
@@ -39,7 +55,7 @@ class Trials:
         self._vocabulary = vocabulary
         self._process: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
-        self._pending: dict[bytes, asyncio.Task[str]] = {}
+        self._pending: dict[bytes, _Pending] = {}
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
 
     async def check(self, constraint: Constraint) -> None:
@@ -47,13 +63,12 @@ class Trials:
 
         Raises:
             MoeServerError: INVALID, says why; EXHAUSTED where too many wait; UNSUPPORTED where the
-                model's tokenizer is at fault.
+                model's tokenizer is at fault; UNAVAILABLE where the process cannot be had.
         """
         digest = constraint.digest
         message = self._verdicts.get(digest)
         if message is None:
-            # Not the caller's own: who gives up does not take the verdict from those beside.
-            message = await asyncio.shield(self._trial(constraint, digest))
+            message = await self._wait(self._trial(constraint, digest), digest)
         else:
             self._verdicts.move_to_end(digest)
         if message:
@@ -61,14 +76,27 @@ class Trials:
 
     async def close(self) -> None:
         """Ends the process."""
-        for task in self._pending.values():
+        tasks = [pending.task for pending in self._pending.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._pending.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._end()
 
-    def _trial(self, constraint: Constraint, digest: bytes) -> asyncio.Task[str]:
-        task = self._pending.get(digest)
-        if task is None:
+    async def _wait(self, pending: _Pending, digest: bytes) -> str:
+        pending.num_waiting += 1
+        try:
+            # Not the caller's own: who gives up does not take the verdict from those beside.
+            return await asyncio.shield(pending.task)
+        finally:
+            pending.num_waiting -= 1
+            if not (pending.num_waiting or pending.has_turn):
+                # Nobody wants to know any more, and others wait behind it.
+                pending.task.cancel()
+                self._forget(digest, pending.task)
+
+    def _trial(self, constraint: Constraint, digest: bytes) -> _Pending:
+        pending = self._pending.get(digest)
+        if pending is None:
             if len(self._pending) >= MAX_PENDING:
                 raise MoeServerError(
                     f"{MAX_PENDING} new constraints wait to be compiled, which is the bound.",
@@ -76,21 +104,23 @@ class Trials:
                     reason=Reason.EXHAUSTED,
                 )
             task = asyncio.create_task(self._try(constraint, digest), name="constraint trial")
-            self._pending[digest] = task
+            pending = self._pending[digest] = _Pending(task)
             task.add_done_callback(lambda task: self._forget(digest, task))
-        return task
+        return pending
 
     def _forget(self, digest: bytes, task: asyncio.Task[str]) -> None:
-        del self._pending[digest]
-        if not task.cancelled():
+        if digest in self._pending and self._pending[digest].task is task:
+            del self._pending[digest]
+        if task.done() and not task.cancelled():
             # Looked at, for nobody may be waiting for it any more.
             task.exception()
 
     async def _try(self, constraint: Constraint, digest: bytes) -> str:
         async with self._turn:
+            self._pending[digest].has_turn = True
             try:
                 async with asyncio.timeout(PATIENCE_S):
-                    message = await self._ask(constraint)
+                    message = await self._judge(constraint)
             except TimeoutError:
                 # Of a machine this busy nothing can be said about the constraint.
                 await self._end()
@@ -99,18 +129,33 @@ class Trials:
                     "Try again later.",
                     reason=Reason.EXHAUSTED,
                 ) from None
-            except (asyncio.IncompleteReadError, ConnectionError):
-                problem = _TOO_SLOW if await self._end() == -signal.SIGPROF else _TOO_LARGE
-                message = refusal(constraint, problem).message
         self._verdicts[digest] = message
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
         return message
 
-    async def _ask(self, constraint: Constraint) -> str:
-        if self._process is None:
-            await self._start()
-        return await self._exchange(msgspec.msgpack.encode(constraint))
+    async def _judge(self, constraint: Constraint) -> str:
+        frame = msgspec.msgpack.encode(constraint)
+        ended = ""
+        for _ in range(ATTEMPTS):
+            is_tried = False
+            try:
+                if self._process is None:
+                    await self._start()
+                await self._exchange(frame)
+                is_tried = True
+                return await self._receive()
+            except (asyncio.IncompleteReadError, OSError) as error:
+                code = await self._end()
+                if is_tried and -code in BLAMED:
+                    return refusal(constraint, BLAMED[signal.Signals(-code)]).message
+                ended = f"ended with {code}" if code else f"cannot be had: {error}"
+        raise MoeServerError(
+            f"The process that tries constraints {ended}.",
+            "Try again later; if that does not help, see what ends processes on the server's "
+            "machine, such as a lack of memory.",
+            reason=Reason.UNAVAILABLE,
+        )
 
     async def _start(self) -> None:
         self._process = await asyncio.create_subprocess_exec(
@@ -134,11 +179,16 @@ class Trials:
 
     async def _exchange(self, frame: bytes) -> str:
         assert self._process is not None
-        stdin, stdout = self._process.stdin, self._process.stdout
+        stdin = self._process.stdin
         assert stdin is not None
-        assert stdout is not None
         stdin.write(pack(frame))
         await stdin.drain()
+        return await self._receive()
+
+    async def _receive(self) -> str:
+        assert self._process is not None
+        stdout = self._process.stdout
+        assert stdout is not None
         length = length_of(await stdout.readexactly(HEADER_BYTES))
         return (await stdout.readexactly(length)).decode()
 

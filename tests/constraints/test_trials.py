@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import sys
+import textwrap
 
 import pytest
 
@@ -132,4 +134,83 @@ async def test_a_machine_that_is_too_busy_is_not_the_constraint_s_fault(trials, 
     monkeypatch.setattr(trials_module, "PATIENCE_S", 0.0)
     assert (await refusal(trials, GOOD)).reason is Reason.EXHAUSTED
     monkeypatch.undo()
+    await trials.check(GOOD)
+
+
+async def test_a_burst_that_gave_up_is_not_tried(trials, monkeypatch):
+    monkeypatch.setattr(trials_module, "MAX_PENDING", 4)
+    async with trials._turn:  # As while another is tried.
+        burst = [
+            asyncio.create_task(trials.check(constraint("regex", f"gone {number}")))
+            for number in range(4)
+        ]
+        await asyncio.sleep(0)
+        assert len(trials._pending) == 4
+        for task in burst:
+            task.cancel()
+        await asyncio.wait(burst)
+        assert not trials._pending
+        # Whoever comes back for one of them, before it is gone, is not told that it was cancelled.
+        again = asyncio.create_task(trials.check(constraint("regex", "gone 0")))
+        await asyncio.sleep(0)
+    await again
+    assert list(trials._verdicts) == [constraint("regex", "gone 0").digest]
+
+
+async def test_a_process_that_was_killed_is_started_again(trials):
+    await trials.check(GOOD)
+    trials._process.kill()
+    await trials._process.wait()
+    await trials.check(constraint("regex", "b+"))
+
+
+def python_that(tmp_path, what: str) -> str:
+    """An interpreter that does something else than it is told."""
+    path = tmp_path / "python"
+    path.write_text(f"#!{sys.executable}\n{textwrap.dedent(what)}")
+    path.chmod(0o755)
+    return str(path)
+
+
+KILLED_AFTER = """
+    import os, signal, sys
+    from moe_server.constraints.frames import length_of, pack
+    for number in range(2):
+        sys.stdin.buffer.read(length_of(sys.stdin.buffer.read(4)))
+        sys.stdout.buffer.write(pack(b""))
+        sys.stdout.buffer.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    "what", ["raise ImportError", KILLED_AFTER, None], ids=["import", "killed", "absent"]
+)
+async def test_a_process_that_dies_of_something_else_blames_no_constraint(
+    trials, tmp_path, monkeypatch, what
+):
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    interpreter = "/no/such/python" if what is None else python_that(tmp_path, what)
+    with monkeypatch.context() as patched:
+        patched.setattr(trials_module.sys, "executable", interpreter)
+        assert (await refusal(trials, GOOD)).reason is Reason.UNAVAILABLE
+    assert not trials._verdicts
+    await trials.check(GOOD)
+
+
+async def test_a_hard_limit_on_data_is_kept(trials, monkeypatch, tmp_path):
+    """Raising one takes a privilege; without it this failed before anything was compiled."""
+    what = f"""
+        import os, resource, sys
+        resource.setrlimit(resource.RLIMIT_DATA, ({2**30}, {2**30}))
+        code = (
+            "import resource, sys; kept = resource.setrlimit;"
+            "resource.setrlimit = lambda which, pair: (pair[1] == {2**30} or sys.exit(1),"
+            " kept(which, pair));"
+            "from moe_server.constraints.trial import main; main()"
+        )
+        os.execv({sys.executable!r}, [{sys.executable!r}, "-c", code])
+    """
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    monkeypatch.setattr(trials_module.sys, "executable", python_that(tmp_path, what))
     await trials.check(GOOD)
