@@ -7,8 +7,10 @@ if TYPE_CHECKING:
 
 COMPILE_S = 2.0
 """Of processor time; other processes that are busy do not count."""
-MEMORY_BYTES = 128 * 2**20
+MEMORY_BYTES = 32 * 2**20
 """A constraint and what compiling it needs on the way."""
+KEPT_BYTES = 256 * 2**20
+"""All compiled constraints that the engine keeps for the next request, but for lexer states."""
 STACK_BYTES = 2**20
 """An eighth of what the engine's threads have (half where `ulimit -s` is unlimited): what fits here
 does not overflow there."""

@@ -11,6 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moe_server.constraints.bounds import KEPT_BYTES, MEMORY_BYTES
+from moe_server.constraints.heap import used_bytes
 from moe_server.constraints.matcher import Compiled, Matcher, compile_constraint
 from moe_server.constraints.vocabulary import build_tokenizer
 from moe_server.errors import MoeServerError, Reason
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 MAX_COMPILED = 32
-"""Constraints kept for the next request that has one of them."""
+"""Constraints kept for the next request that has one of them, if all fit `KEPT_BYTES`."""
+LEAST_BYTES = 256 * 2**10
+"""What a small one is taken for, for its first states come when it is used."""
 MAX_COMPILING = 32
 """Constraints that may wait for the thread; each takes at most 2 s of processor time."""
 
@@ -141,8 +145,14 @@ class Compiler:
                 if not future.cancelled() and future.exception() is None:
                     self._compiled[digest] = future.result()
                     self._compiled.move_to_end(digest)
-        while len(self._compiled) > MAX_COMPILED:
+        while self._compiled and (
+            len(self._compiled) > MAX_COMPILED or self._kept_bytes > KEPT_BYTES
+        ):
             self._compiled.popitem(last=False)
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(compiled.num_bytes for compiled in self._compiled.values())
 
     def _take(self, waiting: _Waiting) -> None:
         try:
@@ -182,7 +192,13 @@ class Compiler:
     def _compile(self, constraint: Constraint, vocabulary: Vocabulary) -> Compiled:
         if self._tokenizer is None:
             self._tokenizer = build_tokenizer(vocabulary)
-        return compile_constraint(constraint, self._tokenizer, vocabulary.vocab_size)
+        before = used_bytes()
+        compiled = compile_constraint(constraint, self._tokenizer, vocabulary.vocab_size)
+        after = used_bytes()
+        if before is not None and after is not None:
+            # The engine's steps allocate meanwhile: near enough, within what can be.
+            compiled.num_bytes = min(max(LEAST_BYTES, after - before), MEMORY_BYTES)
+        return compiled
 
 
 def _never(sequence: Sequence, vocabulary: Vocabulary) -> list[int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moe_server.constraints.bounds import limits
+from moe_server.constraints.bounds import MEMORY_BYTES, limits
 from moe_server.constraints.grammar import refusal, to_grammar
 from moe_server.errors import MoeServerError
 from moe_server.messages import Constraint
@@ -56,6 +56,7 @@ class Compiled:
         "_vocab_size",
         "constraint",
         "is_spent",
+        "num_bytes",
     )
 
     def __init__(self, constraint: Constraint, matcher: "LLMatcher", vocab_size: int) -> None:
@@ -65,6 +66,8 @@ class Compiled:
         self._num_forks = 0
         self.is_spent = False
         """It had enough requests, or one of them reached a bound: the next needs a new one."""
+        self.num_bytes = MEMORY_BYTES
+        """What it takes; the bound until `Compiler` has measured it."""
         first = Matcher(self, matcher.deep_copy(), vocab_size)
         first.look()
         if first.is_complete:

@@ -311,3 +311,20 @@ def test_compiled_constraints_are_kept_up_to_a_bound(engine, monkeypatch):
         run(engine, [submit(0, constraint("choices", text))])
     expected = [constraint("choices", text).digest for text in ("aa", "cc")]
     assert list(engine.compiler._compiled) == expected
+
+
+def test_compiled_constraints_are_kept_up_to_so_many_bytes(engine, monkeypatch):
+    """These take 4 MiB each, and the small one next to nothing."""
+    engine.compiler._compiled.clear()
+    monkeypatch.setattr("moe_server.constraints.compiler.KEPT_BYTES", 10 * 2**20)
+    small = constraint("choices", "small")
+    large = [
+        constraint("json_schema", json.dumps({"type": "integer", "multipleOf": 10_007 + number}))
+        for number in range(3)
+    ]
+    for what in (large[0], small, large[1], large[2]):
+        run(engine, [submit(0, what, new_tokens=1)])
+    kept = engine.compiler._compiled
+    assert list(kept) == [what.digest for what in (small, large[1], large[2])]
+    assert kept[small.digest].num_bytes < 2**20
+    assert all(2**21 < kept[what.digest].num_bytes < 2**23 for what in large[1:])

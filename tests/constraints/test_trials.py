@@ -16,7 +16,7 @@ GOOD = constraint("regex", "[0-9]+")
 LARGE = constraint("json_schema", json.dumps({"type": "integer", "multipleOf": 1_000_003}))
 """A regular expression over decimal digits with a million states."""
 SLOW = constraint("grammar", "start: " + " | ".join(f'"w{n}"' for n in range(60_000)))
-"""Each alternative is compared with those before it."""
+"""Each alternative is compared with those before it. Needs more than 32 MiB, too."""
 
 
 def chain(length: int) -> str:
@@ -46,12 +46,19 @@ async def refusal(trials: Trials, what) -> MoeServerError:
     ("what", "problem"),
     [
         (SLOW, "2 s of processor time"),
-        (LARGE, "more than 128 MiB"),
+        (LARGE, "more than 32 MiB"),
         (DEEP, "nests too deeply"),
     ],
     ids=["slow", "large", "deep"],
 )
-async def test_a_constraint_that_ends_its_process_ends_nothing_else(trials, what, problem):
+async def test_a_constraint_that_ends_its_process_ends_nothing_else(
+    trials, what, problem, tmp_path, monkeypatch
+):
+    if what is SLOW:
+        monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+        monkeypatch.setattr(
+            trials_module.sys, "executable", python_that(tmp_path, WITH_MORE_MEMORY)
+        )
     await trials.check(GOOD)
     first = trials._process.pid
     error = await refusal(trials, what)
@@ -74,9 +81,9 @@ async def test_a_vocabulary_that_cannot_be_used_is_the_model_s_fault():
 
 
 async def test_what_one_needed_is_not_counted_against_the_next(trials):
-    """Each of these takes tens of MiB."""
+    """Each of these takes a third of what one may."""
     for number in range(4):
-        many = json.dumps({"type": "integer", "multipleOf": 100_003 + number})
+        many = json.dumps({"type": "integer", "multipleOf": 20_011 + number})
         await trials.check(constraint("json_schema", many))
 
 
@@ -172,6 +179,12 @@ def python_that(tmp_path, what: str) -> str:
     return str(path)
 
 
+WITH_MORE_MEMORY = """
+    from moe_server.constraints import bounds
+    bounds.MEMORY_BYTES = 2**30
+    from moe_server.constraints.trial import main
+    main()
+"""
 KILLED_AFTER = """
     import os, signal, sys
     from moe_server.constraints.frames import length_of, pack
