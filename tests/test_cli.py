@@ -100,6 +100,36 @@ async def test_generate_streams_text_and_says_where_time_went(door):
     assert "length" in result.stderr
 
 
+async def test_a_deadline_that_passes_before_an_answer_is_told_as_one(door):
+    result = await against(door, "generate", "a", "--timeout", "0.000001")
+    assert result.exit_code == cli.EXIT_RETRY
+    assert "deadline" in result.stderr.lower()
+
+
+async def test_a_terminal_that_cannot_show_a_character_gets_another(door):
+    printing = textwrap.dedent("""
+        import sys
+        from moe_server.commands import generate
+        from moe_server.cli import main
+        as_it_was = generate.Completion.take
+
+        def take(self, event):
+            if event.HasField("delta"):
+                event.delta.text = "é"
+            as_it_was(self, event)
+
+        generate.Completion.take = take
+        main()
+    """)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", printing,
+        "generate", "a", "--max-new-tokens", "1", "--target", door.server.address,
+        stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    output, _ = await asyncio.wait_for(process.communicate(), WAIT_S)
+    assert (process.returncode, output) == (0, b"?\n")
+
+
 async def test_generate_from_token_ids_prints_token_ids(door):
     result = await against(door, "generate", "--token-ids", "1,2", "--max-new-tokens", "3")
     assert result.stdout == "3 4 5 \n"
@@ -222,6 +252,11 @@ async def test_generate_takes_constraints(door, tmp_path):
         (["generate", "\udcff"], "UTF-8"),
         (["score", "a", "\udcff"], "A continuation is not valid UTF-8"),
         (["classify", "\udcff", "a", "b"], "TEXT is not valid UTF-8"),
+        (["generate", "a", "--regex", "\udcff"], "--regex is not valid UTF-8"),
+        (["generate", "a", "--choice", "a", "--choice", "\udcff"], "--choice is not valid UTF-8"),
+        (["generate", "a", "--stop", "\udcff"], "--stop is not valid UTF-8"),
+        (["generate", "a", "--grammar", "\udcff"], "--grammar is not valid UTF-8"),
+        (["generate", "a", "--json-schema", "\udcff"], "--json-schema is not valid UTF-8"),
         (["generate", "a", "--timeout", "-1"], "--timeout"),
         (["generate", "a", "--timeout", "nan"], "not a finite number"),
         (["drain", "--wait", "inf"], "--wait"),

@@ -3,18 +3,21 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 import click
 from google.protobuf.duration_pb2 import Duration
 
-from moe_server.client import Client, Messages
+from moe_server.client import Client, Messages, RetryableError, UnreachableError
 from moe_server.commands.finite import POSITIVE_SECONDS
 from moe_server.commands.format import format_bytes, format_seconds, print_table
 from moe_server.commands.text import checked
-from moe_server.errors import MoeServerError
+from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
 TOKEN_ID = click.IntRange(0, 2**32 - 1)
@@ -144,22 +147,25 @@ def generate(  # click passes keywords
     prints_text = token_ids is None
     is_several = (sampling["num_samples"] or 1) > 1
     completion = Completion()
-    with Client(target) as client:
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A terminal that cannot show a character gets a question mark, not the end of the stream.
+        sys.stdout.reconfigure(errors="replace")
+    with Client(target) as client, _deadline_told(timeout, completion):
         for event in client.generate_stream(
             prompt,
             model=model,
             sampling=pb.Sampling(**sampling),
             stopping=pb.Stopping(
                 max_new_tokens=max_new_tokens,
-                stop_sequences=stop,
+                stop_sequences=[checked(one, "--stop") for one in stop],
                 stop_token_ids=stop_token,
                 ignore_eos=ignore_eos,
             ),
             output=pb.Output(logprobs=logprobs, top_logprobs=top_logprobs),
             json_schema=_text_or_file(json_schema, "--json-schema"),
-            regex=regex,
+            regex=None if regex is None else checked(regex, "--regex"),
             grammar=_text_or_file(grammar, "--grammar"),
-            choices=choice or None,
+            choices=[checked(one, "--choice") for one in choice] or None,
             timeout_s=timeout,
         ):
             completion.take(event)
@@ -196,10 +202,27 @@ def _prompt(
     return [*messages, {"role": "user", "content": checked(chat or "", "--chat")}]
 
 
+@contextmanager
+def _deadline_told(timeout: float | None, completion: Completion) -> Iterator[None]:
+    """A deadline that passed before the server said anything is not a server that is not there."""
+    try:
+        yield
+    except UnreachableError:
+        if timeout is None or time.perf_counter() - completion.sent < timeout:
+            raise
+        raise RetryableError(
+            f"The deadline of {timeout:g} s passed before an answer came.",
+            "Give it more time with --timeout.",
+            reason=Reason.EXPIRED,
+        ) from None
+
+
 def _text_or_file(value: str | None, option: str) -> str | None:
     """The value itself, or what is in the file that it names after an @."""
-    if value is None or not value.startswith("@"):
-        return value
+    if value is None:
+        return None
+    if not value.startswith("@"):
+        return checked(value, option)
     path = Path(value[1:])
     try:
         return path.read_text(encoding="utf-8")
