@@ -343,7 +343,7 @@ def _finish(sequence: Sequence) -> FinishReason | None:
         MoeServerError: It takes too much, or no token can follow.
     """
     request, token_id, matcher = sequence.request, sequence.token_ids[-1], sequence.matcher
-    if token_id in request.eos_token_ids:
+    if token_id in request.eos_token_ids and (matcher is None or matcher.may_end):
         return FinishReason.END_OF_SEQUENCE
     if token_id in request.stop_token_ids:
         return FinishReason.STOP_TOKEN

@@ -22,7 +22,7 @@ def to_grammar(constraint: Constraint) -> str:
     """The constraint in llguidance's own form.
 
     Raises:
-        MoeServerError: A JSON schema that is not JSON.
+        MoeServerError: A JSON schema that is not JSON; a regular expression that is cut short.
     """
     from llguidance import regex_to_lark  # noqa: PLC0415 - only where constraints are used
 
@@ -31,7 +31,10 @@ def to_grammar(constraint: Constraint) -> str:
             schema = {"name": "schema", "json_schema": _parse_schema(constraint.texts[0])}
             return json.dumps({"grammars": [{"lark_grammar": "start: @schema" + _OPTIONS}, schema]})
         case ConstraintKind.REGEX:
-            lark = f"start: /{regex_to_lark(constraint.texts[0], use_ascii='')}/"
+            regex = constraint.texts[0]
+            if (len(regex) - len(regex.rstrip("\\"))) % 2:
+                raise refusal(constraint, "it ends with a backslash that escapes nothing")
+            lark = f"start: /{regex_to_lark(regex, use_ascii='')}/"
         case ConstraintKind.CHOICES:
             choices = " | ".join(json.dumps(text) for text in constraint.texts)
             lark = f"start: CHOICE\nCHOICE: {choices}"
@@ -47,9 +50,14 @@ def refusal(constraint: Constraint, problem: str) -> MoeServerError:
     return MoeServerError(f"The {name} cannot be used: {problem.rstrip('.')}.", field=field)
 
 
+def _refuse_constant(name: str) -> None:
+    """Python's reader takes NaN, Infinity and -Infinity for numbers."""
+    raise ValueError(f"{name} is no number of it")
+
+
 def _parse_schema(text: str) -> Any:
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else f"no JSON: {error}"
         raise refusal(Constraint(ConstraintKind.JSON_SCHEMA, (text,)), problem) from None

@@ -4,6 +4,7 @@ The engine keeps one beside each constrained request: `sampler` reads what is al
 each token the engine's postprocessing moves it on. Knows tokens, no logits.
 """
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from moe_server.constraints.bounds import MEMORY_BYTES, limits
 from moe_server.constraints.grammar import refusal, to_grammar
 from moe_server.errors import MoeServerError
-from moe_server.messages import Constraint
+from moe_server.messages import Constraint, ConstraintKind
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -28,8 +29,11 @@ PROBLEMS = {
 TOO_MANY_STATES = "too many states"
 """What its message says where the lexer's bound on states is reached."""
 EMPTY_ONLY = "it allows no text but the empty one"
+END_IGNORED = "it asks for an end-of-sequence token, which this request ignores"
 MAX_FORKS = 256
 """Requests that share a compiled constraint; the next ones share another."""
+POSITION = re.compile(r"^at \d+\(\d+\): ")
+"""With which llguidance's messages about grammars begin."""
 MAX_PROBLEM_CHARS = 300
 """llguidance's messages quote what they are about."""
 
@@ -116,6 +120,14 @@ class Matcher:
         self._never = list(never)
         self.is_complete = False
 
+    @property
+    def may_end(self) -> bool:
+        """The text is whole as it is.
+
+        Elsewhere an end-of-sequence token is not the end: a grammar can ask for one by id.
+        """
+        return bool(self._matcher.is_accepting())
+
     def accept(self, token_id: int, *, look: bool) -> None:
         """Moves on by a token that was allowed.
 
@@ -150,11 +162,17 @@ class Matcher:
         self.allow(np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_))
 
     def allow(self, allowed: npt.NDArray[np.bool_]) -> None:
-        """Allows these tokens, but for those that this request never gets."""
+        """Allows these tokens, but for those that this request never gets.
+
+        Raises:
+            MoeServerError: The text needs one of those.
+        """
         allowed[self._never] = False
         self.allowed = allowed
         # llguidance allows at least one token: where none is left it was the end of the sequence.
         self.is_complete = not allowed.any()
+        if self.is_complete and not self.may_end:
+            raise refusal(self._compiled.constraint, END_IGNORED)
 
 
 def compile_constraint(
@@ -171,7 +189,11 @@ def compile_constraint(
 
     matcher = LLMatcher(tokenizer, to_grammar(constraint), log_level=0, limits=limits())
     if matcher.is_error():
-        raise refusal(constraint, problem_of(matcher))
+        problem = problem_of(matcher)
+        if constraint.kind is not ConstraintKind.GRAMMAR:
+            # Where in what `to_grammar` wrote around it.
+            problem = POSITION.sub("", problem)
+        raise refusal(constraint, problem)
     return Compiled(constraint, matcher, vocab_size)
 
 

@@ -127,6 +127,13 @@ def test_a_stop_token_ends_a_text_early(engine):
     assert events[-1].finish is FinishReason.STOP_TOKEN
 
 
+def test_an_end_of_sequence_token_that_a_grammar_asks_for_ends_nothing(engine):
+    [events] = run(engine, [submit(0, constraint("grammar", f'start: "a" <[{DEMO_EOS}]> "b"'))])
+    assert token_ids(events)[1] == DEMO_EOS
+    assert text_of(events) == "ab"
+    assert events[-1].finish is FinishReason.END_OF_SEQUENCE
+
+
 def test_log_probabilities_are_the_model_s_own(engine):
     [free] = run(engine, [submit(0, new_tokens=1)])
     [bound] = run(engine, [submit(0, constraint("choices", "\x07"))])

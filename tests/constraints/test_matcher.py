@@ -198,12 +198,27 @@ def test_a_schema_says_what_blanks_it_wants():
         assert walk(compact.fork([]), tokens, DEMO_EOS, random.Random(seed)) == b"[1,2]"
 
 
+def test_an_end_of_sequence_token_in_the_middle_is_not_the_end():
+    what = constraint("grammar", f'start: "a" <[{EOS}]> "b"')
+    matcher = compiled(what, SMALL).fork([])
+    matcher.accept(PIECES.index(b"a"), look=True)
+    assert np.flatnonzero(matcher.allowed).tolist() == [EOS]
+    assert not matcher.may_end
+    matcher.accept(EOS, look=True)
+    assert np.flatnonzero(matcher.allowed).tolist() == [PIECES.index(b"b")]
+    matcher = compiled(what, SMALL).fork([EOS])
+    with pytest.raises(MoeServerError, match="which this request ignores"):
+        matcher.accept(PIECES.index(b"a"), look=True)
+
+
 # Refusals
 
 
 BAD = {
     "no JSON": ("json_schema", '{"type":', "no JSON"),
     "deep JSON": ("json_schema", "[" * 30_000, "nested too deeply"),
+    "no number": ("json_schema", '{"maximum": Infinity}', "Infinity is no number"),
+    "trailing backslash": ("regex", "a\\\\\\", "ends with a backslash"),
     "no schema": ("json_schema", "[1]", "object or boolean"),
     "no options": ("json_schema", '{"x-guidance": "none"}', "invalid type"),
     "unsatisfiable": ("json_schema", "false", "Unsatisfiable"),
@@ -211,7 +226,11 @@ BAD = {
     "no end": ("json_schema", '{"$ref": "#"}', "no text of this model's tokens"),
     "remote": ("json_schema", '{"$ref": "http://127.0.0.1:9/x.json"}', "127.0.0.1:9"),
     "look-ahead": ("regex", "(?=a)b", "look-around"),
-    "unclosed": ("regex", "(a", "unclosed group"),
+    "unclosed": (
+        "regex",
+        "(a",
+        'cannot be used: invalid regex "(a" (in regex): regex parse error: unclosed',
+    ),
     "nothing matches": ("regex", r"[^\s\S]", "no text of this model's tokens"),
     "no start": ("grammar", 'begin: "a"', "no start rule"),
     "unknown rule": ("grammar", 'start: "a" b', "unknown name"),
