@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_server.kernels.formats import GROUP_CHOICES, GROUP_COLUMNS, MatrixLayout, WeightFormat
-from moe_server.kernels.gpu.experts import SlotLayout, down_constants, gate_up_constants
+from moe_server.kernels.gpu.experts import down_constants, gate_up_constants
 from moe_server.kernels.gpu.tiles import (
     COMBINE_COLUMNS,
     COMBINE_WARPS,
@@ -34,6 +34,7 @@ from moe_server.kernels.gpu.tiles import (
     router_tile,
 )
 from moe_server.offload.layout import RecordLayout
+from moe_server.slot_run import slot_layout
 
 SHARED_LIMITS = {80: 166912, 90: 232448}
 """Bytes of shared memory of one program."""
@@ -88,9 +89,7 @@ def programs() -> Iterator[Program]:
         groups = GROUP_CHOICES if weight_format is WeightFormat.INT4 else (GROUP_COLUMNS,)
         for group_columns in groups:
             record = RecordLayout(HIDDEN, INTERMEDIATE, weight_format, group_columns)
-            layout = SlotLayout(
-                record.w13, record.w2, record.w3_offset, record.w2_offset, record.stride_bytes
-            )
+            layout = slot_layout(record)
             for tile in gate_up_tiles(layout.w13):
                 constants = gate_up_constants(layout, NUM_EXPERTS, TOP_K, tile)
                 yield _of_expert("gate_up", layout.w13, tile, constants)

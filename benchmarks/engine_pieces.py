@@ -20,6 +20,7 @@ import torch
 import zmq
 
 from benchmarks.engine_inside import loaded_engine
+from moe_server.checkpoint import read_checkpoint
 from moe_server.config import load_config
 from moe_server.messages import FromEngine, StepDone, Submit
 from moe_server.open_requests import OpenRequests
@@ -39,7 +40,7 @@ OTHERS = "engine step without the model"
 def measure(batch: int) -> dict[str, float]:
     """Microseconds of each piece for a step of `batch` requests, medians."""
     config = load_config(flags={"model": "demo", "dense_backend": "resident"}, environ={})
-    engine = loaded_engine(config)
+    engine = loaded_engine(config, read_checkpoint(config.model_path))
     torch.manual_seed(0)
     # Ids below the tokenizer's size, so that there is text to decode.
     logits = torch.randn(batch, VOCABULARY)

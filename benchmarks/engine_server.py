@@ -1,4 +1,4 @@
-"""The command that an operator starts, for benchmarks of the engine process around the model.
+"""The command that an operator starts, for benchmarks that measure a whole server.
 
 Starts and ends it, waits for its states and looks at its two processes from outside. Knows nothing
 of what is measured.
@@ -53,14 +53,18 @@ def running_server(
 
 
 def wait_ready(
-    client: Client, process: "subprocess.Popen[bytes]", log: Path, num_restarts: int = 0
+    client: Client,
+    process: "subprocess.Popen[bytes]",
+    log: Path,
+    num_restarts: int = 0,
+    timeout_s: float = START_TIMEOUT_S,
 ) -> None:
     """Waits until the server is READY in its engine's life number `num_restarts`.
 
     Raises:
         ServerFailedError: It ended, failed, lost its engine once more, or took too long.
     """
-    give_up_at = time.monotonic() + START_TIMEOUT_S
+    give_up_at = time.monotonic() + timeout_s
     while time.monotonic() < give_up_at:
         if process.poll() is not None:
             raise ServerFailedError(f"the server ended with {process.returncode}; see {log}")
@@ -74,7 +78,7 @@ def wait_ready(
             if status.state == admin_pb2.SERVER_STATE_FAILED:
                 raise ServerFailedError(f"the server failed: {status.reason}")
         time.sleep(POLL_S)
-    raise ServerFailedError(f"the server was not READY within {START_TIMEOUT_S} s; see {log}")
+    raise ServerFailedError(f"the server was not READY within {timeout_s:g} s; see {log}")
 
 
 def engine_of(server: int) -> int:

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.kernels import HIDDEN, INTERMEDIATE
+from benchmarks.kernels import HIDDEN, INTERMEDIATE, fill_with_weights
 from benchmarks.replay import Replay
 from benchmarks.routing_arms import NUM_EXPERTS, TOP_K, Visit
 from moe_server.kernels.formats import WeightFormat
 from moe_server.kernels.gpu.combine import combine
-from moe_server.kernels.gpu.experts import SlotLayout, grouped_swiglu
+from moe_server.kernels.gpu.experts import grouped_swiglu
 from moe_server.kernels.gpu.routing import DevicePlan, plan_chosen, route
 from moe_server.offload.layout import RecordLayout
+from moe_server.slot_run import slot_layout
 
 NARROW_COLUMNS = 32
 """Of the routing call that is all but the product."""
@@ -34,22 +35,10 @@ class Sizes:
     top_k: int = TOP_K
 
 
-def slot_layout(record: RecordLayout) -> SlotLayout:
-    """A record's layout as the kernels want it."""
-    return SlotLayout(
-        record.w13, record.w2, record.w3_offset, record.w2_offset, record.stride_bytes
-    )
-
-
 def random_arena(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Weights for every format: normal bfloat16 numbers, whose bytes do as codes and scales too."""
-    generator = torch.Generator(device).manual_seed(0)
-    numbers = torch.randn(1 << 22, generator=generator, device=device).bfloat16()
-    pattern = numbers.view(torch.uint8)
+    """Weights for every format."""
     arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    for start in range(0, nbytes, len(pattern)):
-        part = arena[start : start + len(pattern)]
-        part.copy_(pattern[: len(part)])
+    fill_with_weights(arena)
     return arena
 
 

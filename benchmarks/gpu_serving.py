@@ -26,15 +26,14 @@ from typing import Any
 
 from benchmarks.ceilings import disk_bytes_per_s
 from benchmarks.child import drop_page_cache
-from benchmarks.serving import random_prompt, running_server, side_by_side, timed_request
+from benchmarks.engine_inside import loaded_engine
+from benchmarks.serving import random_prompt, ready_server, side_by_side, timed_request
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import Checkpoint, read_checkpoint
 from moe_server.config import load_config
 from moe_server.engine import Engine
 from moe_server.messages import Submit
 from moe_server.offload.layout import ExpertId
-from moe_server.warmup.preload import preload
-from moe_server.weights import Weights
 
 PORT = 50071
 READY_TIMEOUT_S = 240
@@ -102,7 +101,8 @@ def serve_int4(folder: Path, scale: Scale) -> dict[str, float]:
         for part in (f"--{name.replace('_', '-')}", str(value))
     ]  # fmt: skip
     started = time.perf_counter()
-    with running_server(model, serve_flags, PORT, READY_TIMEOUT_S) as client:
+    log = folder / "server.log"
+    with ready_server(model, serve_flags, PORT, READY_TIMEOUT_S, log) as client:
         found["ready_s"] = time.perf_counter() - started
         vocab = checkpoint.vocab_size
         timed_request(client, random_prompt(vocab, SHORT_PROMPT, 0), 2)
@@ -136,10 +136,7 @@ def serve_bf16(folder: Path, scale: Scale) -> dict[str, float]:
     plan = plan_memory(config, checkpoint)
     found["slots"], found["host_records"] = plan.num_slots, plan.num_records
     started = time.perf_counter()
-    weights = Weights(config, checkpoint, plan)
-    weights.begin()
-    engine = Engine(config, plan, weights)
-    preload(engine, config, plan, lambda _progress: None)
+    engine = loaded_engine(config, checkpoint)
     found["loaded_s"] = time.perf_counter() - started
     long_prompt = random_prompt(checkpoint.vocab_size, scale.long_prompt, 1)
     run_load(engine, [long_prompt], 2)

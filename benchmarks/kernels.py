@@ -85,14 +85,20 @@ def main() -> None:
 
 
 def make_buffer(nbytes: int) -> torch.Tensor:
-    """Weights for every format: normal bfloat16 numbers, whose bytes do as codes and scales too."""
+    """Weights for every format, on huge pages."""
     buffer = torch.frombuffer(map_pages(nbytes), dtype=torch.uint8)
-    numbers = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fill_with_weights(buffer)
+    return buffer
+
+
+def fill_with_weights(buffer: torch.Tensor) -> None:
+    """Normal bfloat16 numbers, whose bytes do as codes and scales of the integer formats too."""
+    generator = torch.Generator(buffer.device).manual_seed(0)
+    numbers = torch.randn(1 << 20, generator=generator, device=buffer.device).bfloat16()
     pattern = numbers.view(torch.uint8)
-    for start in range(0, nbytes, len(pattern)):
+    for start in range(0, len(buffer), len(pattern)):
         part = buffer[start : start + len(pattern)]
         part.copy_(pattern[: len(part)])
-    return buffer
 
 
 def cells(buffer: torch.Tensor) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:

@@ -14,9 +14,9 @@ Prints a table and one JSON line, and keeps the latter in benchmarks/results/.
 import argparse
 import json
 import platform
-import random
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import checkout
 from benchmarks.ceilings import disk_bytes_per_s, memory_bytes_per_s
-from benchmarks.serving import running_server
+from benchmarks.serving import random_prompt, ready_server
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import Checkpoint, read_checkpoint
 from moe_server.client import Client
@@ -33,6 +33,7 @@ from moe_server.config import load_config
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 
 READY_TIMEOUT_S = 1200
+LOG = Path(tempfile.gettempdir()) / "moe-residency.log"
 PROMPT_TOKENS = 16
 
 
@@ -82,7 +83,7 @@ def main() -> None:
         for arm in ARMS:
             disk = disk_bytes_per_s(shards, checkpoint.record_layout.weight_bytes)
             flags = _flags(arm, checkpoint, args.model)
-            with running_server(args.model, flags, args.port, READY_TIMEOUT_S) as client:
+            with ready_server(args.model, flags, args.port, READY_TIMEOUT_S, LOG) as client:
                 ready_s = client.status().startup.elapsed.ToNanoseconds() / 1e9
                 result = _measure(client, checkpoint, args.new_tokens, number)
             measured[arm.name].append(Measured(ready_s, *result, disk))
@@ -103,7 +104,7 @@ def _measure(
     client: Client, checkpoint: Checkpoint, new_tokens: int, seed: int
 ) -> tuple[float, float, float, float]:
     """Time to first token, decoded tokens/s, bytes read and bytes moved per decoded token."""
-    prompt = random.Random(seed).choices(range(checkpoint.vocab_size), k=PROMPT_TOKENS)  # noqa: S311
+    prompt = random_prompt(checkpoint.vocab_size, PROMPT_TOKENS, seed)
     before = client.status().experts
     read_at_first, moved_at_first = 0, 0
     times = []

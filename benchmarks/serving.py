@@ -4,8 +4,6 @@ Speaks gRPC as any client does. Knows neither the hardware nor what is compared.
 """
 
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,30 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.engine_server import running_server, wait_ready
 from moe_server.client import Client
-from moe_server.commands.startup import wait_ready
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
-
-END_TIMEOUT_S = 60
 
 
 @contextmanager
-def running_server(
-    model: Path, flags: Sequence[str], port: int, ready_timeout_s: float
+def ready_server(
+    model: Path, flags: Sequence[str], port: int, timeout_s: float, log: Path
 ) -> Iterator[Client]:
     """Starts `moe-server serve` and waits until it is READY; ends it afterwards."""
-    target = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moe_server", "serve", "--model", str(model)]
-    process = subprocess.Popen(
-        [*command, "--listen", target, *flags], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        with Client(target) as client:
-            wait_ready(client, ready_timeout_s)
-            yield client
-    finally:
-        process.terminate()
-        process.wait(END_TIMEOUT_S)
+    address = f"127.0.0.1:{port}"
+    with running_server(str(model), flags, address, log) as process, Client(address) as client:
+        wait_ready(client, process, log, timeout_s=timeout_s)
+        yield client
 
 
 @dataclass(frozen=True, slots=True)

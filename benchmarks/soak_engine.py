@@ -81,7 +81,7 @@ class _Soaking:
     def __init__(self, config: Config, rng: random.Random) -> None:
         checkpoint = read_checkpoint(config.model_path)
         plan = plan_memory(config, checkpoint)
-        self.engine = loaded_engine(config, self._while_waiting)
+        self.engine = loaded_engine(config, read_checkpoint(config.model_path), self._while_waiting)
         tokenizer = load_tokenizer(config.model_path)
         vocabulary = ServedModel.of(config, checkpoint, plan, tokenizer).vocabulary
         assert vocabulary is not None

@@ -5,7 +5,6 @@ architecture and the attention are transformers'; matrices are computed by the k
 them. Knows no cache, no batches and no tokens beyond one call.
 """
 
-import ctypes
 import os
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +20,7 @@ from moe_server.kernels.products import prepare
 from moe_server.kernels.routing import combine, plan_routing
 from moe_server.offload.checksum import ChecksumBook
 from moe_server.offload.layout import ExpertId, Segment
-from moe_server.offload.pages import map_pages
+from moe_server.offload.pages import address_of, map_pages
 from moe_server.offload.reader import Reader
 
 EXPERTS_NAME = "moe_server_layerwise"
@@ -142,7 +141,7 @@ class LayerwiseModel:
         return combine(outputs_PH, plan)
 
     def _run_expert(self, expert: ExpertId, rows: torch.Tensor) -> torch.Tensor:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
+        address = address_of(self._pages)
         segments = self._checkpoint.record_segments(expert)
         self._reader.submit(segments, address).wait()
         self._read(sum(segment.nbytes for segment in segments))

@@ -4,7 +4,6 @@ Matrix by matrix through two buffers: while the rows of one are quantised on all
 time, the next one is read past the page cache. Knows no files to be written; `pack` calls it.
 """
 
-import ctypes
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from moe_server.kernels.formats import BLOCK_ROWS, MatrixLayout, WeightFormat
 from moe_server.kernels.packing import pack_int4, pack_int8
 from moe_server.kernels.quantise import quantise_int4, quantise_int8
 from moe_server.offload.layout import ExpertId, RecordLayout, Segment
-from moe_server.offload.pages import map_pages
+from moe_server.offload.pages import address_of, map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 
 READ_THREADS = 2
@@ -120,8 +119,7 @@ class MatrixMaker:
         self._reader.close()
 
     def _read(self, segments: Iterable[Segment], target: mmap.mmap) -> ReadTicket:
-        address = ctypes.addressof(ctypes.c_char.from_buffer(target))
-        return self._reader.submit(list(segments), address)
+        return self._reader.submit(list(segments), address_of(target))
 
     def _quantise(self, matrices: list[_Matrix], target: mmap.mmap) -> RoundingError:
         record = torch.frombuffer(target, dtype=torch.uint8)

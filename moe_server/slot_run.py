@@ -35,6 +35,13 @@ def can_compute(weight_format: WeightFormat, dtype: torch.dtype, activation: Act
     return weight_format in FORMATS and dtype is torch.bfloat16 and activation is F.silu
 
 
+def slot_layout(record: RecordLayout) -> SlotLayout:
+    """A record's layout as the kernels want it."""
+    return SlotLayout(
+        record.w13, record.w2, record.w3_offset, record.w2_offset, record.stride_bytes
+    )
+
+
 class Slots:
     """The device's slots as the kernels see them.
 
@@ -46,9 +53,7 @@ class Slots:
 
     def __init__(self, tiers: "Tiers", layout: RecordLayout, num_experts: int) -> None:
         self.layout = layout
-        self.in_slots = SlotLayout(
-            layout.w13, layout.w2, layout.w3_offset, layout.w2_offset, layout.stride_bytes
-        )
+        self.in_slots = slot_layout(layout)
         self.num_experts = num_experts
         assert isinstance(tiers.slots, torch.Tensor)
         self.arena = tiers.slots

@@ -23,7 +23,7 @@ from moe_server.offload.checksum import ChecksumBook
 from moe_server.offload.cost import CostModel
 from moe_server.offload.lasting import LastingMemory
 from moe_server.offload.layout import ExpertId, Segment
-from moe_server.offload.pages import map_pages
+from moe_server.offload.pages import address_of, map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 from moe_server.offload.rows import StoredRows
 from moe_server.offload.shared_pages import is_as_fast_as_private
@@ -104,7 +104,7 @@ class Weights:
         for name, location in self._kept().items():
             # A mapping each: a tensor that is handed on by copying frees its own.
             memory = map_pages(location.nbytes)
-            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            address = address_of(memory)
             part = Segment(location.file, location.offset, location.nbytes, 0)
             ticket = self.reader.submit([part], address, owner=memory)
             self._dense[name] = _DenseRead(memory, location.nbytes, ticket)

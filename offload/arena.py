@@ -9,12 +9,11 @@ torch is imported when a record is first looked at: reading into an arena can be
 process still imports its libraries. Knows nothing of experts; `cache` decides what lies where.
 """
 
-import ctypes
 import mmap
 from typing import TYPE_CHECKING
 
 from moe_server.errors import MoeServerError, Reason
-from moe_server.offload.pages import map_pages, touch
+from moe_server.offload.pages import address_of, map_pages, touch
 from moe_server.offload.shared_pages import SharedPages
 
 if TYPE_CHECKING:
@@ -59,9 +58,7 @@ class Arena:
             return
         self._mapping_offset = shared.mapping_offset if shared else 0
         self._mapping = shared.mapping if shared else _map_private(size)
-        self._address = (
-            ctypes.addressof(ctypes.c_char.from_buffer(self._mapping)) + self._mapping_offset
-        )
+        self._address = address_of(self._mapping) + self._mapping_offset
         if pinned:
             if shared:
                 shared.touch(self._address, size)  # registering would provide small pages

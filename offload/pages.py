@@ -30,6 +30,11 @@ def map_pages(size: int) -> mmap.mmap:
     return mapping
 
 
+def address_of(mapping: mmap.mmap) -> int:
+    """Where a mapping begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
 def touch(address: int, nbytes: int) -> None:
     """Has the kernel provide memory that is about to be overwritten; destroys what is in it.
 

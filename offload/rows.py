@@ -6,7 +6,6 @@ arrives. Used by the engine's one thread; only the reader's threads work beside 
 """
 
 import contextlib
-import ctypes
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from moe_server.errors import MoeServerError
 from moe_server.kernels.formats import MatrixLayout
 from moe_server.offload.checksum import RowChecksums
 from moe_server.offload.layout import Segment
-from moe_server.offload.pages import map_pages
+from moe_server.offload.pages import address_of, map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 
 _POLL_S = 0.01
@@ -79,7 +78,7 @@ class StoredRows:
         for start in range(0, total, chunk_bytes):
             nbytes = min(chunk_bytes, total - start)
             part = Segment(self._file, self._offset + start, nbytes, 0)
-            self._reader.submit([part], _address(memory), owner=memory).wait()
+            self._reader.submit([part], address_of(memory), owner=memory).wait()
             if not self._reader.book.is_empty:
                 self._checksums.take(memoryview(memory)[:nbytes])
             progress(start + nbytes)
@@ -131,7 +130,7 @@ class StoredRows:
         place, nbytes = self._free.pop(), self.layout.block_bytes
         part = Segment(self._file, self._offset + block * nbytes, nbytes, place * nbytes)
         ticket = self._reader.submit(
-            [part], _address(self.memory), owner=self.memory, book=self._checksums
+            [part], address_of(self.memory), owner=self.memory, book=self._checksums
         )
         return _Fetch(block, place, ticket)
 
@@ -166,7 +165,3 @@ class StoredRows:
     def _await_place(self) -> None:
         with contextlib.suppress(MoeServerError):  # nobody's any more
             self._leaving[0].ticket.wait(_POLL_S)
-
-
-def _address(memory: object) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 from moe_server.kernels.formats import round_up
-from moe_server.offload.pages import HUGE_BYTES
+from moe_server.offload.pages import HUGE_BYTES, address_of
 
 _MADV_COLLAPSE = 25
 _MAP_FIXED = 0x10
@@ -48,7 +48,7 @@ class SharedPages:
         # Huge pages need an aligned address, which only a larger mapping can be sure to contain.
         # The range lies over a part of it and goes when it goes.
         self.mapping = mmap.mmap(-1, size + HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        outer = ctypes.addressof(ctypes.c_char.from_buffer(self.mapping))
+        outer = address_of(self.mapping)
         self.address = round_up(outer, HUGE_BYTES)
         self.mapping_offset = self.address - outer
         """Where in `mapping` the range begins."""
