@@ -107,7 +107,7 @@ def _serve(
     started = time.monotonic()
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
-    outbox.progress(Progress("libraries", 0, 0, 0, 1))
+    outbox.progress(Progress("libraries", 0, 0, 0, 0))
     if config.device == "cuda":
         _check_cuda()
     # The disk works while libraries are imported; a lower interval lets its threads have the GIL.

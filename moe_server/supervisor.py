@@ -36,6 +36,7 @@ from moe_server.messages import (
 from moe_server.open_requests import OpenRequest, OpenRequests
 from moe_server.patience import Patience
 from moe_server.state import ServerState, StateFeed
+from moe_server.warmup.stages import StageLog
 
 log = structlog.get_logger(__name__)
 
@@ -66,6 +67,7 @@ class Supervisor:
             socket and the descriptors of memory and pulse are appended.
         patience: How long to wait for what.
         introduction: Messages for each engine after its configuration.
+        stages: Where the stages of loading are noted; of its own if None.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class Supervisor:
         command: Sequence[str],
         patience: Patience,
         introduction: Sequence[ToEngine] = (),
+        stages: StageLog | None = None,
     ) -> None:
+        self._stages = StageLog() if stages is None else stages
         self._introduction = introduction
         self._config = config
         self._prove = prove
@@ -247,6 +251,7 @@ class Supervisor:
                 # It may be what it found there that ended it, or it may have written where it
                 # should not; and memory is needed by others while no engine can run.
                 await asyncio.to_thread(os.ftruncate, memory, 0)
+            self._stages.fail(loss.message)
             log.error("engine lost", message=loss.message, remedy=loss.remedy, retry=loss.retry)
             if not loss.retry:
                 self.reason = f"{loss.message} {loss.remedy}".strip()
@@ -353,6 +358,7 @@ class Supervisor:
         if progress.stage_index != self.progress.stage_index:
             log.info("loading", stage=progress.stage, bytes_total=progress.bytes_total)
         self.progress = progress
+        self._stages.enter(progress.stage, progress.bytes_done, progress.bytes_total)
         self._enter(ServerState.LOADING)
 
     async def _await_exit(self, link: EngineLink, reader: asyncio.Task[Loss]) -> Loss:

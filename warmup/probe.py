@@ -22,8 +22,12 @@ import structlog
 from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import generation_pb2, generation_pb2_grpc
+from moe_server.warmup.stages import StageLog
 
 log = structlog.get_logger(__name__)
+
+BATCH, PROOF = "warm-up batch", "proof"
+"""The stages of a warm-up."""
 
 PROBE_TIMEOUT_S = 1800.0
 """A first request may read a whole model from a slow disk; longer than this is not serving."""
@@ -128,6 +132,7 @@ class WarmUp:
         target: The server's own listener.
         batch: Requests sent side by side.
         metadata: Lets its requests in before READY.
+        stages: Where its stages are noted.
     """
 
     def __init__(
@@ -137,7 +142,9 @@ class WarmUp:
         target: str,
         batch: int,
         metadata: Sequence[tuple[str, str]],
+        stages: StageLog,
     ) -> None:
+        self._stages = stages
         self._config = config
         self._shape = shape
         self._target = target
@@ -176,9 +183,11 @@ class WarmUp:
                 except MoeServerError as error:
                     failure = str(error)
                 if not failure:
+                    self._stages.finish()
                     self.stage = f"proven in round {attempt}"
                     self._was_proven = True
                     return
+                self._stages.fail(failure)
                 log.warning("warm-up round failed", attempt=attempt, failure=failure)
         raise MoeServerError(
             f"The warm-up failed {self._config.attempts} times; last: {failure}.",
@@ -189,9 +198,11 @@ class WarmUp:
     async def _round(self, channel: grpc.aio.Channel, attempt: int) -> str:
         """What the round's first bad probe missed; empty where all were good."""
         if attempt == 1:
+            self._stages.enter(BATCH)
             self.stage = f"warm-up batch of {self._batch}"
             await asyncio.gather(*(self._send(channel) for _ in range(self._batch)))
         num_probes = self._config.probes if attempt else 1
+        self._stages.enter(PROOF)
         for index in range(1, num_probes + 1):
             self.stage = f"round {attempt}: probe {index} of {num_probes}"
             probe = await self._send(channel)

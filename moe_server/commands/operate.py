@@ -75,6 +75,19 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
     return rows
 
 
+def _stage(stage: pb.Stage) -> str:
+    told = [format_seconds(stage.elapsed.ToNanoseconds() / 1e9)]
+    if stage.bytes_total:
+        told.append(format_bytes(stage.bytes_total))
+    if stage.attempts > 1:
+        told.append(f"attempt {stage.attempts}")
+    if stage.state == pb.STAGE_STATE_RUNNING:
+        told.append("in progress")
+    if stage.failure:
+        told.append(f"failed: {stage.failure}")
+    return ", ".join(told)
+
+
 def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
     memory, experts, load, offload = model.memory, model.experts, model.load, model.offload
     needed = experts.device_hits + experts.host_hits + experts.disk_reads
@@ -82,6 +95,7 @@ def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
     return [
         ("model", f"{model.name}  {state_name(model.state)}"),
         ("startup", model.startup.stage),
+        *((f"  {stage.name}", _stage(stage)) for stage in model.startup.stages),
         ("engine restarts", str(model.engine_restarts)),
         ("requests", f"{load.running_requests} running, {load.waiting_requests} waiting"),
         ("KV blocks", f"{load.kv_blocks_used} of {load.kv_blocks_total}"),

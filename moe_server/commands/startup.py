@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_server.client import Client, UnreachableError
+from moe_server.commands.format import format_bytes
 from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import admin_pb2 as pb
 
@@ -77,11 +78,12 @@ class _Display:
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(binary_units=True),
+            TextColumn("{task.fields[pace]}"),
             TimeElapsedColumn(),
             console=Console(stderr=True),
             disable=not sys.stderr.isatty(),
         )
-        self._task = self._progress.add_task("connecting", total=None)
+        self._task = self._progress.add_task("connecting", total=None, pace="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -100,7 +102,16 @@ class _Display:
             description=description,
             completed=startup.bytes_done,
             total=startup.bytes_total or None,
+            pace=_pace(startup),
         )
         if self._progress.disable and description != self._last:
             log.info("startup", model=model.name, state=state, stage=startup.stage)
         self._last = description
+
+
+def _pace(startup: pb.Startup) -> str:
+    """For example "1.95 GiB/s, 4 s left"; empty while nobody can tell."""
+    if not startup.bytes_per_second:
+        return ""
+    left = f", {startup.eta.ToSeconds()} s left" if startup.HasField("eta") else ""
+    return f"{format_bytes(round(startup.bytes_per_second))}/s{left}"

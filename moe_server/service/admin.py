@@ -5,24 +5,31 @@ admin listener, which is bound where only operators reach it. (A proxy on this m
 callers loopback peers: give it the main listener only after blocking these methods in it.)
 """
 
+import asyncio
+
 import msgspec
 import structlog
 
 from moe_server.budget import MemoryPlan
-from moe_server.errors import MoeServerError
+from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import admin_pb2 as pb
 from moe_server.service.errors import PermissionDeniedError
 from moe_server.service.generation import to_duration
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
 from moe_server.service.running_model import RunningModel
-from moe_server.state import ServerState
+from moe_server.state import ServerState, least_ready
 from moe_server.warmup.probe import Probe
+from moe_server.warmup.stages import Stage, StageLog, StageState
 
 log = structlog.get_logger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["AdminService"]
 MAX_WAIT_S = 86_400
+LOOK_S = 0.2
+"""Between two looks at a start that is watched."""
+MAX_WATCHERS = 100
+SETTLED = (ServerState.READY, ServerState.DRAINING, ServerState.FAILED)
 LOOPBACK_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 
 STATES = {
@@ -32,6 +39,13 @@ STATES = {
     ServerState.READY: pb.SERVER_STATE_READY,
     ServerState.DRAINING: pb.SERVER_STATE_DRAINING,
     ServerState.FAILED: pb.SERVER_STATE_FAILED,
+}
+
+
+STAGE_STATES = {
+    StageState.RUNNING: pb.STAGE_STATE_RUNNING,
+    StageState.DONE: pb.STAGE_STATE_DONE,
+    StageState.FAILED: pb.STAGE_STATE_FAILED,
 }
 
 
@@ -48,6 +62,7 @@ class AdminService:
         self._registry = registry
         self._version = version
         self._trusts_all_peers = trusts_all_peers
+        self._num_watchers = 0
 
     async def GetServerStatus(  # noqa: N802  # named by the protocol
         self, _request: pb.GetServerStatusRequest, _context: Context
@@ -69,6 +84,43 @@ class AdminService:
             engine_restarts=first.engine_restarts,
             models=models,
         )
+
+    async def WatchStartup(  # noqa: N802  # named by the protocol
+        self, request: pb.WatchStartupRequest, context: Context
+    ) -> None:
+        """A start from now to its end, a message for each change."""
+        self._registry.find(request.model)
+        if self._num_watchers >= MAX_WATCHERS:
+            raise MoeServerError(
+                f"{MAX_WATCHERS} clients watch already.",
+                "Ask GetServerStatus now and then.",
+                reason=Reason.EXHAUSTED,
+            )
+        self._num_watchers += 1
+        try:
+            last = None
+            while True:
+                running = self._watched(request.model)
+                told = pb.WatchStartupResponse(
+                    model=running.name,
+                    state=STATES[running.supervisor.state],
+                    reason=running.supervisor.reason,
+                    startup=_startup(running),
+                )
+                if _without_clocks(told) != last:
+                    await context.write(told)
+                last = _without_clocks(told)
+                if running.supervisor.state in SETTLED:
+                    return
+                await asyncio.sleep(LOOK_S)
+        finally:
+            self._num_watchers -= 1
+
+    def _watched(self, name: str) -> RunningModel:
+        if name:
+            return self._registry.find(name)
+        state = least_ready(running.supervisor.state for running in self._registry)
+        return next(one for one in self._registry if one.supervisor.state is state)
 
     async def Drain(  # noqa: N802  # named by the protocol
         self, request: pb.DrainRequest, context: Context
@@ -129,7 +181,8 @@ def _model_status(running: RunningModel) -> pb.ModelStatus:
 
 def _startup(running: RunningModel) -> pb.Startup:
     supervisor, warm_up = running.supervisor, running.warm_up
-    progress = supervisor.progress
+    progress, stage = supervisor.progress, running.stages.running
+    eta_s = stage.eta_s() if stage else None
     is_proving = supervisor.phase in (ServerState.WARMING, ServerState.READY)
     return pb.Startup(
         stage=warm_up.stage if is_proving else progress.stage,
@@ -139,6 +192,32 @@ def _startup(running: RunningModel) -> pb.Startup:
         bytes_total=progress.bytes_total,
         elapsed=to_duration(supervisor.startup_s),
         probes=[_probe(probe) for probe in warm_up.probes],
+        bytes_per_second=stage.bytes_per_s() if stage else 0.0,
+        eta=None if eta_s is None else to_duration(eta_s),
+        stages=[_stage(one, running.stages) for one in running.stages.stages],
+    )
+
+
+def _without_clocks(told: pb.WatchStartupResponse) -> pb.WatchStartupResponse:
+    """What makes a message worth sending: it does not change by time passing alone."""
+    kept = pb.WatchStartupResponse()
+    kept.CopyFrom(told)
+    for name in ("elapsed", "bytes_per_second", "eta"):
+        kept.startup.ClearField(name)
+    for stage in kept.startup.stages:
+        stage.ClearField("elapsed")
+    return kept
+
+
+def _stage(stage: Stage, log: StageLog) -> pb.Stage:
+    return pb.Stage(
+        name=stage.name,
+        state=STAGE_STATES[stage.state],
+        attempts=stage.attempts,
+        elapsed=to_duration(log.seconds(stage)),
+        bytes_done=stage.bytes_done,
+        bytes_total=stage.bytes_total,
+        failure=stage.failure,
     )
 
 

@@ -18,6 +18,7 @@ from moe_server.service.prompts import Prompts
 from moe_server.service.served_model import ServedModel
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.probe import ProbeShape, WarmUp
+from moe_server.warmup.stages import StageLog
 
 MAX_TOKENISING = 2
 """Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
@@ -64,6 +65,8 @@ class RunningModel:
         self._context = contextvars.copy_context()
         if names_log_lines:
             self._context.run(bind_contextvars, model=model.name)
+        self.stages = StageLog()
+        """Of loading and of the warm-up."""
         self.warm_up = WarmUp(
             config.warmup,
             ProbeShape.fitting(
@@ -76,6 +79,7 @@ class RunningModel:
             target=target,
             batch=min(config.warmup.batch, config.scheduler.max_running),
             metadata=probe_metadata,
+            stages=self.stages,
         )
         self.prompts = Prompts(model, MAX_TOKENISING)
         vocabulary = model.vocabulary
@@ -86,6 +90,7 @@ class RunningModel:
             setup.engine_command,
             setup.patience,
             () if vocabulary is None else (vocabulary,),
+            self.stages,
         )
 
     @property

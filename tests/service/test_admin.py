@@ -1,4 +1,5 @@
 import asyncio
+import os
 from types import SimpleNamespace
 
 import grpc
@@ -6,8 +7,9 @@ import pytest
 import pytest_asyncio
 
 from moe_server.proto.moe_server.v1 import admin_pb2, admin_pb2_grpc
-from moe_server.service.admin import AdminService
+from moe_server.service.admin import LOOK_S, AdminService
 from moe_server.service.errors import PermissionDeniedError
+from moe_server.state import ServerState
 from tests.front_door import eventually, failure, front_door, make_config, make_model
 from tests.front_door import request as make
 
@@ -40,6 +42,63 @@ async def test_status_tells_state_memory_load_and_probes():
         again = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
         assert again.startup.elapsed == status.startup.elapsed
         assert again.uptime.ToNanoseconds() > status.uptime.ToNanoseconds()
+
+
+async def test_a_watcher_sees_every_stage_of_a_start_and_its_end(tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    until = ServerState.LOADING
+    async with front_door("--gate", str(gate), until=until) as door:
+        watch = aiter(door.admin.WatchStartup(admin_pb2.WatchStartupRequest()))
+        loading = await anext(watch)
+        assert (loading.model, loading.state) == ("demo", admin_pb2.SERVER_STATE_LOADING)
+        [stage] = loading.startup.stages
+        assert (stage.name, stage.bytes_total) == ("weights", 100)
+        assert stage.state == admin_pb2.STAGE_STATE_RUNNING
+        await asyncio.to_thread(gate.write_bytes, b"go")
+        told = [one async for one in watch]
+        assert [one.state for one in told][-1] == admin_pb2.SERVER_STATE_READY
+        stages = told[-1].startup.stages
+        assert [stage.name for stage in stages] == ["weights", "experts", "warm-up batch", "proof"]
+        assert all(stage.state == admin_pb2.STAGE_STATE_DONE for stage in stages)
+        assert all(stage.attempts == 1 for stage in stages)
+        late = [one async for one in door.admin.WatchStartup(admin_pb2.WatchStartupRequest())]
+        assert [one.state for one in late] == [admin_pb2.SERVER_STATE_READY]
+
+
+async def test_a_watcher_hears_why_an_engine_does_not_start_and_that_it_is_tried_again():
+    async with front_door("--fatal", "retry", until=ServerState.STARTING) as door:
+        async for told in door.admin.WatchStartup(admin_pb2.WatchStartupRequest(model="demo")):
+            if any(stage.attempts > 2 for stage in told.startup.stages):
+                break
+        [stage] = told.startup.stages
+        assert (stage.name, stage.failure) == ("weights", "No memory.")
+
+
+async def test_a_watcher_of_a_failed_start_is_told_why_and_ends():
+    async with front_door("--fatal", "final", until=ServerState.FAILED) as door:
+        [told] = [one async for one in door.admin.WatchStartup(admin_pb2.WatchStartupRequest())]
+        assert told.state == admin_pb2.SERVER_STATE_FAILED
+        assert told.reason == "No memory. Buy some."
+
+
+async def test_watching_is_bounded_and_an_unknown_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_server.service.admin.MAX_WATCHERS", 1)
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    until = ServerState.LOADING
+    async with front_door("--gate", str(gate), until=until) as door:
+        first = door.admin.WatchStartup(admin_pb2.WatchStartupRequest())
+        await anext(aiter(first))
+        second = await failure(door.admin.WatchStartup(admin_pb2.WatchStartupRequest()))
+        assert second.code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        first.cancel()
+        await asyncio.sleep(2 * LOOK_S)
+        third = door.admin.WatchStartup(admin_pb2.WatchStartupRequest())
+        await anext(aiter(third))
+        unknown = await failure(door.admin.WatchStartup(admin_pb2.WatchStartupRequest(model="x")))
+        assert unknown.code == grpc.StatusCode.NOT_FOUND
+        await asyncio.to_thread(gate.write_bytes, b"go")
 
 
 async def test_drain_waits_for_accepted_requests_and_refuses_new_ones():

@@ -19,6 +19,13 @@ class ServerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SERVER_STATE_READY: _ClassVar[ServerState]
     SERVER_STATE_DRAINING: _ClassVar[ServerState]
     SERVER_STATE_FAILED: _ClassVar[ServerState]
+
+class StageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STAGE_STATE_UNSPECIFIED: _ClassVar[StageState]
+    STAGE_STATE_RUNNING: _ClassVar[StageState]
+    STAGE_STATE_DONE: _ClassVar[StageState]
+    STAGE_STATE_FAILED: _ClassVar[StageState]
 SERVER_STATE_UNSPECIFIED: ServerState
 SERVER_STATE_STARTING: ServerState
 SERVER_STATE_LOADING: ServerState
@@ -26,9 +33,13 @@ SERVER_STATE_WARMING: ServerState
 SERVER_STATE_READY: ServerState
 SERVER_STATE_DRAINING: ServerState
 SERVER_STATE_FAILED: ServerState
+STAGE_STATE_UNSPECIFIED: StageState
+STAGE_STATE_RUNNING: StageState
+STAGE_STATE_DONE: StageState
+STAGE_STATE_FAILED: StageState
 
 class Startup(_message.Message):
-    __slots__ = ("stage", "stage_index", "stage_count", "bytes_done", "bytes_total", "elapsed", "probes")
+    __slots__ = ("stage", "stage_index", "stage_count", "bytes_done", "bytes_total", "elapsed", "probes", "bytes_per_second", "eta", "stages")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     STAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +47,9 @@ class Startup(_message.Message):
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_FIELD_NUMBER: _ClassVar[int]
     PROBES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    ETA_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     stage: str
     stage_index: int
     stage_count: int
@@ -43,7 +57,28 @@ class Startup(_message.Message):
     bytes_total: int
     elapsed: _duration_pb2.Duration
     probes: _containers.RepeatedCompositeFieldContainer[Probe]
-    def __init__(self, stage: _Optional[str] = ..., stage_index: _Optional[int] = ..., stage_count: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[Probe, _Mapping]]] = ...) -> None: ...
+    bytes_per_second: float
+    eta: _duration_pb2.Duration
+    stages: _containers.RepeatedCompositeFieldContainer[Stage]
+    def __init__(self, stage: _Optional[str] = ..., stage_index: _Optional[int] = ..., stage_count: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[Probe, _Mapping]]] = ..., bytes_per_second: _Optional[float] = ..., eta: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ...) -> None: ...
+
+class Stage(_message.Message):
+    __slots__ = ("name", "state", "attempts", "elapsed", "bytes_done", "bytes_total", "failure")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    ELAPSED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    state: StageState
+    attempts: int
+    elapsed: _duration_pb2.Duration
+    bytes_done: int
+    bytes_total: int
+    failure: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[StageState, str]] = ..., attempts: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class Probe(_message.Message):
     __slots__ = ("prompt_tokens", "completion_tokens", "ttft", "tpot")
@@ -210,6 +245,24 @@ class GetServerStatusResponse(_message.Message):
     offload: Offload
     models: _containers.RepeatedCompositeFieldContainer[ModelStatus]
     def __init__(self, state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., version: _Optional[str] = ..., model: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ..., memory: _Optional[_Union[Memory, _Mapping]] = ..., experts: _Optional[_Union[ExpertCounters, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., engine_restarts: _Optional[int] = ..., offload: _Optional[_Union[Offload, _Mapping]] = ..., models: _Optional[_Iterable[_Union[ModelStatus, _Mapping]]] = ...) -> None: ...
+
+class WatchStartupRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class WatchStartupResponse(_message.Message):
+    __slots__ = ("model", "state", "reason", "startup")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    STARTUP_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    state: ServerState
+    reason: str
+    startup: Startup
+    def __init__(self, model: _Optional[str] = ..., state: _Optional[_Union[ServerState, str]] = ..., reason: _Optional[str] = ..., startup: _Optional[_Union[Startup, _Mapping]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("wait",)

@@ -41,6 +41,11 @@ class AdminServiceStub(object):
                 request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.GetServerStatusRequest.SerializeToString,
                 response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.GetServerStatusResponse.FromString,
                 _registered_method=True)
+        self.WatchStartup = channel.unary_stream(
+                '/moe_server.v1.AdminService/WatchStartup',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.WatchStartupRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.WatchStartupResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/moe_server.v1.AdminService/Drain',
                 request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
@@ -60,6 +65,14 @@ class AdminServiceServicer(object):
 
     def GetServerStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchStartup(self, request, context):
+        """Follows a start: how far it is now and after every change, several times a second. Ends after READY,
+        DRAINING and FAILED, which are told.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -85,6 +98,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.GetServerStatus,
                     request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.GetServerStatusRequest.FromString,
                     response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.GetServerStatusResponse.SerializeToString,
+            ),
+            'WatchStartup': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchStartup,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.WatchStartupRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.WatchStartupResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -126,6 +144,33 @@ class AdminService(object):
             '/moe_server.v1.AdminService/GetServerStatus',
             moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.GetServerStatusRequest.SerializeToString,
             moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.GetServerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchStartup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_server.v1.AdminService/WatchStartup',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.WatchStartupRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.WatchStartupResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,110 @@
+"""What a start consists of: stages one after another, each timed, counted and able to fail.
+
+Written by the supervisor (what its engine reports) and by the warm-up; read by the admin service.
+Knows names and clocks only. A stage that comes again, after its engine was lost or a round failed,
+is the same stage with one attempt more; what it failed of is told until it is done.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+RATE_WINDOW_S = 5.0
+"""A rate is over what came in so long: a disk's speed changes within minutes."""
+
+
+class StageState(Enum):
+    """How far a stage is."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    """It will be tried again, unless the model is FAILED."""
+
+
+@dataclass(slots=True)
+class Stage:
+    """One of them, in its last attempt."""
+
+    name: str
+    began: float
+    """Seconds of the log's clock."""
+    state: StageState = StageState.RUNNING
+    attempts: int = 1
+    ended: float | None = None
+    bytes_done: int = 0
+    bytes_total: int = 0
+    failure: str = ""
+    """Why the last attempt that failed did; empty once the stage is done."""
+    seen: deque[tuple[float, int]] = field(default_factory=deque)
+    """When how many bytes had come, within RATE_WINDOW_S."""
+
+    def bytes_per_s(self) -> float:
+        """Of late; 0 where nothing is to come or nothing has."""
+        if len(self.seen) < 2:
+            return 0.0
+        (first_at, first), (last_at, last) = self.seen[0], self.seen[-1]
+        return max(0.0, (last - first) / (last_at - first_at)) if last_at > first_at else 0.0
+
+    def eta_s(self) -> float | None:
+        """Seconds until all bytes are there at that rate; None: nobody can tell."""
+        rate, missing = self.bytes_per_s(), self.bytes_total - self.bytes_done
+        return missing / rate if self.state is StageState.RUNNING and rate and missing > 0 else None
+
+
+class StageLog:
+    """The stages of one model's start, in the order in which they first came.
+
+    Args:
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._stages: dict[str, Stage] = {}
+        self._running: Stage | None = None
+
+    @property
+    def stages(self) -> list[Stage]:
+        return list(self._stages.values())
+
+    @property
+    def running(self) -> Stage | None:
+        """The stage in progress; None before the first, after the last, and after a failure."""
+        return self._running
+
+    def seconds(self, stage: Stage) -> float:
+        """What its last attempt took, or has taken so far."""
+        return (self._clock() if stage.ended is None else stage.ended) - stage.began
+
+    def enter(self, name: str, bytes_done: int = 0, bytes_total: int = 0) -> None:
+        """A stage has begun, or come further; the one before it is done."""
+        now = self._clock()
+        stage = self._running
+        if stage is None or stage.name != name:
+            self.finish()
+            before = self._stages.get(name)
+            stage = self._running = Stage(name, now)
+            if before is not None:
+                stage.attempts, stage.failure = before.attempts + 1, before.failure
+            self._stages[name] = stage
+        stage.bytes_done, stage.bytes_total = bytes_done, bytes_total
+        stage.seen.append((now, bytes_done))
+        while now - stage.seen[0][0] > RATE_WINDOW_S:
+            stage.seen.popleft()
+
+    def finish(self) -> None:
+        """The stage in progress, if there is one, is done."""
+        if self._running is not None:
+            self._running.state, self._running.failure = StageState.DONE, ""
+            self._running.ended = self._clock()
+            self._running = None
+
+    def fail(self, why: str) -> None:
+        """The stage in progress, if there is one, has failed."""
+        if self._running is not None:
+            self._running.state, self._running.failure = StageState.FAILED, why
+            self._running.ended = self._clock()
+            self._running = None
