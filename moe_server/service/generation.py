@@ -22,6 +22,7 @@ from moe_server.service import validation
 from moe_server.service.deadline import deadline_of
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
+from moe_server.service.request_metrics import FollowedRequest, RequestMetrics
 from moe_server.service.running_model import RunningModel
 from moe_server.service.text_stream import Released, TextStream
 
@@ -41,10 +42,12 @@ Write: TypeAlias = Callable[[pb.GenerateStreamResponse], Awaitable[None]]
 
 
 class GenerationService:
-    """The servicer. `probe_secret` is what the warm-up presents."""
+    """The servicer. `probe_secret` is what the warm-up presents, whose requests count nowhere."""
 
-    def __init__(self, registry: Registry, probe_secret: str) -> None:
+    def __init__(self, registry: Registry, probe_secret: str, metrics: RequestMetrics) -> None:
         self._registry = registry
+        self._metrics = metrics
+        self._uncounted = RequestMetrics(None)
         self._probe_secret = probe_secret
 
     async def GenerateStream(  # noqa: N802  # named by the protocol
@@ -95,9 +98,10 @@ class GenerationService:
         def admit() -> AbstractContextManager[OpenRequest]:
             return running.supervisor.admit(is_probe=is_probe)
 
-        completion = _Completion(running, write, admit)
         remedy = "Allow more time or ask for fewer tokens."
-        with ExitStack() as places:
+        metrics = self._uncounted if is_probe else self._metrics
+        with metrics.follow(running.name) as followed, ExitStack() as places:
+            completion = _Completion(running, write, admit, followed)
             async with deadline_of(context, lambda: completion.stage, remedy) as deadline:
                 await completion.run(request, places, deadline)
 
@@ -124,11 +128,13 @@ class _Completion:
         running: RunningModel,
         write: Write,
         admit: Callable[[], AbstractContextManager[OpenRequest]],
+        followed: FollowedRequest,
     ) -> None:
         self._running = running
         self._model = running.model
         self._write = write
         self._admit = admit
+        self._followed = followed
         self._writing = asyncio.Lock()
         self._num_tokens = 0
         self.stage = "its prompt was tokenised"
@@ -154,6 +160,7 @@ class _Completion:
         ]
         for sample, submit in zip(samples, submits, strict=True):
             self._running.supervisor.submit(sample.request, submit)
+        self._followed.accept()
         self.stage = "it waited for its first token"
         started = pb.Started(
             request_id=f"{self._running.id_prefix}-{first.request.request_id}",
@@ -191,6 +198,7 @@ class _Completion:
             finish, before = events[-1].finish, stream.num_tokens
             released = stream.push(events, is_last=finish is not None)
             self._num_tokens += stream.num_tokens - before
+            self._followed.take_tokens(stream.num_tokens - before, index)
             self.stage = f"it generated, {self._num_tokens} tokens so far"
             if released:
                 delta = _delta(released, index)

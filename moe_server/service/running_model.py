@@ -58,6 +58,7 @@ class RunningModel:
         names_log_lines: bool,
     ) -> None:
         config, model = setup.config, setup.model
+        self.config = config
         self.model = model
         # Request ids count from 1 for every model, in every process.
         self.id_prefix = secrets.token_hex(4)

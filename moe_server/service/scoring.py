@@ -5,7 +5,8 @@ of them are there at a time, so that one call does not take all places of the se
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from moe_server.errors import MoeServerError
@@ -17,6 +18,7 @@ from moe_server.service.labels import LabelScore, probabilities
 from moe_server.service.prompts import AnyPromptRequest
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
+from moe_server.service.request_metrics import FollowedRequest, RequestMetrics
 from moe_server.service.running_model import RunningModel
 from moe_server.service.scoring_validation import check_continuations, check_labels, check_lengths
 from moe_server.service.validation import check_priority
@@ -32,16 +34,16 @@ REMEDY = "Allow more time, or send less at a time."
 class ScoringService:
     """The servicer."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, metrics: RequestMetrics) -> None:
         self._registry = registry
+        self._metrics = metrics
 
     async def Score(  # noqa: N802  # named by the protocol
         self, request: pb.ScoreRequest, context: Context
     ) -> pb.ScoreResponse:
         """Continuations of one prompt."""
         running = self._registry.find(request.model)
-        call = _Call(running, request.priority)
-        async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
+        async with self._call(running, request.priority, context) as (call, deadline):
             with running.supervisor.admit() as place:
                 continuations = check_continuations(request.continuations, running.model)
                 scored = await call.score(
@@ -55,9 +57,8 @@ class ScoringService:
     ) -> pb.ClassifyResponse:
         """Labels after one prompt."""
         running = self._registry.find(request.model)
-        call = _Call(running, request.priority)
         content_free = []
-        async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
+        async with self._call(running, request.priority, context) as (call, deadline):
             with running.supervisor.admit() as place:
                 labels = check_labels(request)
                 scored = await call.score(place, request, labels, deadline, field="labels")
@@ -94,11 +95,20 @@ class ScoringService:
     ) -> pb.EmbedResponse:
         """One prompt's mean hidden state."""
         running = self._registry.find(request.model)
-        call = _Call(running, request.priority)
-        async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
+        async with self._call(running, request.priority, context) as (call, deadline):
             with running.supervisor.admit() as place:
                 embedding = await call.embed(place, request, deadline)
         return pb.EmbedResponse(model=running.name, embedding=embedding, usage=call.usage)
+
+    @asynccontextmanager
+    async def _call(
+        self, running: RunningModel, priority: int, context: Context
+    ) -> "AsyncIterator[tuple[_Call, float | None]]":
+        """A call that is counted and kept within its deadline, which comes with it."""
+        with self._metrics.follow(running.name) as followed:
+            call = _Call(running, priority, followed)
+            async with deadline_of(context, lambda: call.stage, REMEDY) as deadline:
+                yield call, deadline
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +130,9 @@ class _Scored:
 class _Call:
     """One call on its way; `stage` says how far it has come, for people."""
 
-    def __init__(self, running: RunningModel, priority: int) -> None:
+    def __init__(self, running: RunningModel, priority: int, followed: FollowedRequest) -> None:
         self._running = running
+        self._followed = followed
         self._model = running.model
         self._priority = check_priority(priority)
         self._num_read = 0
@@ -196,6 +207,7 @@ class _Call:
 
     async def _last_event(self, place: OpenRequest, submit: Submit) -> TokenEvent:
         self._running.supervisor.submit(place, submit)
+        self._followed.accept()
         self.stage = f"{self._num_read} of its prompts were computed"
         async for events in place:
             if events[-1].finish is not None:

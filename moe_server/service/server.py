@@ -16,6 +16,7 @@ from moe_server import __version__
 from moe_server.config import Config
 from moe_server.errors import MoeServerError
 from moe_server.service import admin, generation, health, models, scoring, tokenizer
+from moe_server.service.metrics import Metrics
 from moe_server.service.registration import add_service, methods_of
 from moe_server.service.registry import Registry
 from moe_server.service.running_model import ModelSetup
@@ -68,7 +69,10 @@ class Server:
         self.models = Registry(
             setups, dialable(self.address), ((generation.PROBE_METADATA_KEY, probe_secret),)
         )
-        generation_service = generation.GenerationService(self.models, probe_secret)
+        self._metrics = Metrics(self.models)
+        generation_service = generation.GenerationService(
+            self.models, probe_secret, self._metrics.requests
+        )
         add_service(
             main,
             generation.SERVICE.full_name,
@@ -87,7 +91,9 @@ class Server:
         add_service(
             main,
             scoring.SERVICE.full_name,
-            methods_of(scoring.ScoringService(self.models), scoring.SERVICE),
+            methods_of(
+                scoring.ScoringService(self.models, self._metrics.requests), scoring.SERVICE
+            ),
         )
         self._add_operator_services(
             main,
@@ -99,6 +105,9 @@ class Server:
                 config.admin_listen, "admin_listen", options
             )
             self._add_operator_services(admin_only, (), trusts_all_peers=True)
+        self.metrics_address = ""
+        if config.metrics_listen:
+            self.metrics_address = self._metrics.listen(config.metrics_listen)
 
     async def open(self) -> None:
         """Answers from here on; loading goes on behind."""
@@ -107,6 +116,8 @@ class Server:
         log.info("listening", address=self.address)
         if self.admin_address:
             log.info("listening for operators", address=self.admin_address)
+        if self.metrics_address:
+            log.info("listening for Prometheus", address=self.metrics_address)
         self.models.start()
 
     async def shut_down(self, grace_s: float) -> None:
@@ -116,6 +127,7 @@ class Server:
             log.warning("cutting off requests after the grace period", remaining=remaining)
         await self.models.close()
         await asyncio.gather(*(listener.stop(CLOSE_GRACE_S) for listener in self._listeners))
+        await self._metrics.close()
 
     def _listen(
         self, address: str, key: str, options: Sequence[tuple[str, int]]
