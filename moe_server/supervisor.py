@@ -125,6 +125,12 @@ class Supervisor:
         return len(self._requests)
 
     @property
+    def is_on_watch(self) -> bool:
+        """Whether an engine is started, read and judged here; once FAILED there is none to be."""
+        is_running = self._task is not None and not self._task.done()
+        return is_running or self._phase is ServerState.FAILED
+
+    @property
     def engine_pid(self) -> int | None:
         return self._link.pid if self._link else None
 

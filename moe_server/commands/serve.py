@@ -10,6 +10,7 @@ import structlog
 from moe_server.chat.chat import load_chat
 from moe_server.commands.config_flags import with_config
 from moe_server.config import Config
+from moe_server.notify import notifying
 from moe_server.patience import Patience, longest_step_s
 from moe_server.planned_models import PlannedModel, check_room, plan_models
 from moe_server.service.running_model import ModelSetup
@@ -64,7 +65,8 @@ async def _run(config: Config, setups: Sequence[ModelSetup]) -> bool:
     # After the handlers: a cancellation by Ctrl-C would leave gRPC's listeners half made.
     server = Server(config, setups)
     await server.open()
-    received = signal.Signals(await signals.get())
+    async with notifying(server.models, config.service.shutdown_grace_s):
+        received = signal.Signals(await signals.get())
     log.info("shutting down", signal=received.name, grace_s=config.service.shutdown_grace_s)
     in_order = asyncio.create_task(server.shut_down(config.service.shutdown_grace_s))
     second = asyncio.create_task(signals.get())
