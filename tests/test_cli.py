@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 import pytest_asyncio
@@ -319,6 +320,47 @@ async def test_warmup_proves_and_reports(door, tmp_path):
     assert findings["passed"]
     assert findings["state"] == "ready"
     assert [probe["completion_tokens"] for probe in findings["probes"]] == [4, 4, 4]
+    assert [stage["state"] for stage in findings["stages"]] == ["done"] * len(findings["stages"])
+
+
+def _outcomes(junit: Path) -> dict[str, str]:
+    """What became of each case of a JUnit report: the tag below it, or "passed"."""
+    suite = ET.fromstring(junit.read_text())
+    return {case.get("name"): next((below.tag for below in case), "passed") for case in suite}
+
+
+async def test_warmup_reports_to_ci(door, tmp_path):
+    junit = tmp_path / "junit.xml"
+    assert (await against(door, "warmup", "--junit", str(junit))).exit_code == 0
+    cases = _outcomes(junit)
+    assert set(cases.values()) == {"passed"}
+    assert [name for name in cases if "probe" in name] == [f"demo: probe {i}" for i in (1, 2, 3)]
+    assert {"demo: experts", "demo: proof", "ready"} <= set(cases)
+    missed = await against(door, "warmup", "--max-ttft-ms", "0.001", "--junit", str(junit))
+    assert missed.exit_code == cli.EXIT_LIMIT_MISSED
+    cases = _outcomes(junit)
+    assert [cases[f"demo: probe {i}"] for i in (1, 2, 3)] == ["failure", "skipped", "skipped"]
+
+
+async def test_warmup_reports_to_ci_what_failed_in_the_start(tmp_path):
+    junit = tmp_path / "junit.xml"
+    async with front_door("--fatal", "final", until=ServerState.FAILED) as door:
+        result = await against(door, "warmup", "--junit", str(junit))
+    assert result.exit_code == cli.EXIT_NOT_READY
+    cases = _outcomes(junit)
+    assert cases["demo: weights"] == cases["ready"] == "failure"
+    assert cases["demo: probe 1"] == "skipped"
+
+
+async def test_two_reports_need_two_files_and_leave_nothing_behind(tmp_path):
+    report = tmp_path / "report"
+    args = ("warmup", "--target", NOBODY, "--report", str(report))
+    same = await asyncio.to_thread(invoke, *args, "--junit", str(report))
+    assert same.exit_code == cli.EXIT_ERROR
+    assert "the same file" in same.stderr
+    nowhere = await asyncio.to_thread(invoke, *args, "--junit", str(tmp_path / "no" / "junit"))
+    assert nowhere.exit_code == cli.EXIT_ERROR
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_an_unwritable_report_is_refused_before_probing(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from moe_server.commands.finite import POSITIVE, SECONDS
 from moe_server.commands.startup import NotReadyError, state_name, wait_ready
 from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
-from moe_server.proto.moe_server.v1 import model_pb2
+from moe_server.proto.moe_server.v1 import admin_pb2, model_pb2
+from moe_server.warmup.junit import junit_xml
 from moe_server.warmup.probe import Probe, ProbeShape, missed_limits, send_probe
 
 __all__ = ["LimitMissedError", "NotReadyError", "warmup"]
@@ -48,25 +50,42 @@ class LimitMissedError(MoeServerError):
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON report here."
 )
+@click.option(
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write it as JUnit's XML here: a case for each stage and probe.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report to stdout.")
 def warmup(
-    target: str, max_ttft_ms: float | None, timeout: float, report: Path | None, *, as_json: bool
+    target: str,
+    max_ttft_ms: float | None,
+    timeout: float,
+    report: Path | None,
+    junit: Path | None,
+    *,
+    as_json: bool,
 ) -> None:
     """Wait until a server is READY, then prove it with real requests of our own.
 
     Exits with 0 only if all its models became ready within --timeout seconds and every probe, three
-    to each model, kept the limit;
-    3: no server there, 4: not ready in time or failed, 5: a probe missed the limit.
+    to each model, kept the limit; otherwise with 2: wrong usage, or a file cannot be written;
+    3: no server there; 4: not ready in time, failed, or a probe got no answer; 5: a probe missed
+    the limit.
     """
     findings: dict[str, Any] = {
         "target": target,
         "passed": False,
         "error": "",
         "state": "unreachable",
+        "ready": False,
+        "startup_s": 0.0,
+        "models": [],
+        "stages": [],
+        "probes_per_model": NUM_PROBES,
         "max_ttft_ms": max_ttft_ms,
         "probes": [],
     }
-    partial = _reserve(report) if report is not None else None
+    partials = _reserve_all(report, junit)
     try:
         _prove(target, max_ttft_ms, timeout, findings)
         findings["passed"] = True
@@ -75,8 +94,10 @@ def warmup(
         raise
     finally:
         text = json.dumps(findings, indent=2)
-        if report is not None and partial is not None:
-            _write(partial, report, text)
+        if report is not None:
+            _write(partials[report], report, text)
+        if junit is not None:
+            _write(partials[junit], junit, junit_xml(findings))
         if as_json:
             click.echo(text)
 
@@ -85,15 +106,39 @@ def _prove(
     target: str, max_ttft_ms: float | None, timeout_s: float, findings: dict[str, Any]
 ) -> None:
     with Client(target) as client:
-        status = wait_ready(client, timeout_s)
+        try:
+            status = wait_ready(client, timeout_s)
+        except NotReadyError:
+            with suppress(MoeServerError):  # it may have gone meanwhile
+                _note_start(client.status(), findings)
+            raise
         models = client.models()
+    _note_start(status, findings)
+    findings["ready"] = True
+    for model in models:
+        _prove_model(target, model, max_ttft_ms, timeout_s, findings)
+
+
+def _note_start(status: admin_pb2.GetServerStatusResponse, findings: dict[str, Any]) -> None:
     findings["state"] = state_name(status.state)
     findings["model"] = status.model
+    findings["models"] = [model.name for model in status.models]
     findings["startup_s"] = max(
         model.startup.elapsed.ToNanoseconds() / 1e9 for model in status.models
     )
-    for model in models:
-        _prove_model(target, model, max_ttft_ms, timeout_s, findings)
+    findings["stages"] = [
+        {
+            "model": model.name,
+            "name": stage.name,
+            "state": admin_pb2.StageState.Name(stage.state).removeprefix("STAGE_STATE_").lower(),
+            "attempts": stage.attempts,
+            "seconds": stage.elapsed.ToNanoseconds() / 1e9,
+            "bytes": stage.bytes_done,
+            "failure": stage.failure,
+        }
+        for model in status.models
+        for stage in model.startup.stages
+    ]
 
 
 def _prove_model(
@@ -113,7 +158,10 @@ def _prove_model(
     )
     for index in range(1, NUM_PROBES + 1):
         probe = asyncio.run(_probe(target, shape, timeout_s))
-        findings["probes"].append({"model": model.name, **asdict(probe)})
+        missed = missed_limits(probe, max_ttft_ms, None)
+        findings["probes"].append(
+            {"model": model.name, "index": index, **asdict(probe), "missed": missed}
+        )
         log.info(
             "probe",
             model=model.name,
@@ -121,7 +169,6 @@ def _prove_model(
             of=NUM_PROBES,
             ttft_ms=round(1000 * probe.ttft_s, 2),
         )
-        missed = missed_limits(probe, max_ttft_ms, None)
         if missed:
             raise LimitMissedError(
                 f"Probe {index} of {NUM_PROBES} of model {model.name!r}: {missed}.",
@@ -145,6 +192,24 @@ async def _probe(target: str, shape: ProbeShape, timeout_s: float) -> Probe:
                 f"A probe failed with {error.code().name}: {error.details()}",
                 reason=Reason.UNAVAILABLE,
             ) from None
+
+
+def _reserve_all(*files: Path | None) -> dict[Path, Path]:
+    partials: dict[Path, Path] = {}
+    try:
+        for file in files:
+            if file in partials:
+                raise MoeServerError(
+                    f"--report and --junit name the same file, {file}.", "Give them two."
+                )
+            if file is not None:
+                partials[file] = _reserve(file)
+    except MoeServerError:
+        for file, partial in partials.items():
+            if partial != file:
+                partial.unlink(missing_ok=True)
+        raise
+    return partials
 
 
 def _reserve(report: Path) -> Path:
@@ -176,6 +241,6 @@ def _write(partial: Path, report: Path, text: str) -> None:
 def _unwritable(report: Path, error: OSError) -> MoeServerError:
     return MoeServerError(
         f"Cannot write the report {report}: {error.strerror}.",
-        "Give --report a path that can be written.",
+        "Give --report and --junit paths that can be written.",
         field="report",
     )
