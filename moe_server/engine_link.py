@@ -148,11 +148,11 @@ class EngineLink:
 async def open_link(
     command: Sequence[str], memory: int, *, max_unread_messages: int, shutdown_s: float
 ) -> AsyncIterator[EngineLink]:
-    """Spawns `command ADDRESS MEMORY PULSE`; on leaving, process and socket are gone.
+    """Spawns `command ADDRESS MEMORY PULSE SUPERVISOR`; on leaving, process and socket are gone.
 
     Args:
-        command: The engine's command line, without the address that we listen at and the
-            descriptors that it inherits.
+        command: The engine's command line, without the address that we listen at, the
+            descriptors that it inherits and our process id.
         memory: The descriptor of the file that engines keep experts in.
         max_unread_messages: More than this and the engine counts as hung.
         shutdown_s: How long it may take to end in order.
@@ -167,7 +167,7 @@ async def open_link(
             address = f"ipc://{Path(path) / SOCKET}"
             socket.bind(address)
             process = await asyncio.create_subprocess_exec(
-                *(*command, address, str(memory), str(pulse)),
+                *(*command, address, str(memory), str(pulse), str(os.getpid())),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[memory, pulse],
             )

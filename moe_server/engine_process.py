@@ -1,10 +1,10 @@
-"""The engine process: `python -m moe_server.engine_process ADDRESS MEMORY PULSE`.
+"""The engine process: `python -m moe_server.engine_process ADDRESS MEMORY PULSE SUPERVISOR`.
 
 Started by the supervisor: ADDRESS is its socket, MEMORY the descriptor of the file that experts are
-kept in from one engine to the next, PULSE that of the page where the watchdog looks. Gets the
-configuration as the first frame, loads, and then repeats: drain the inbox, run a step, send what it
-brought in one message. Sends a heartbeat while idle. Ends on Shutdown or when the supervisor is
-gone; Ctrl-C is the supervisor's business.
+kept in from one engine to the next, PULSE that of the page where the watchdog looks,
+SUPERVISOR the process id of who started it. Gets the configuration as the first frame, loads, and
+then repeats: drain the inbox, run a step, send what it brought in one message. Sends a heartbeat
+while idle. Ends on Shutdown or when the supervisor is gone; Ctrl-C is the supervisor's business.
 """
 
 import ctypes
@@ -67,7 +67,8 @@ class Outbox:
 def main() -> None:
     """Runs the process until it is told to end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    memory, pulse, supervisor = map(int, sys.argv[2:])
+    _die_with(supervisor)
     # Read by OpenMP when torch is imported. Threads that spin at a barrier wait for one that has
     # lost its core: with one of two cores busy elsewhere the demo model decoded 10.6 tokens/s
     # spinning and 62.9 sleeping.
@@ -82,7 +83,6 @@ def main() -> None:
     outbox = Outbox(socket)
     status = 0
     try:
-        memory, pulse = map(int, sys.argv[2:])
         _serve(ModelConfig.model_validate_json(socket.recv()), memory, Pulse(pulse), socket, outbox)
     except MoeServerError as error:
         outbox.send(Fatal.of(error))
@@ -169,11 +169,11 @@ def _check_cuda() -> None:
         )
 
 
-def _die_with_parent() -> None:
+def _die_with(supervisor: int) -> None:
     """Asks the kernel to kill us when the supervisor dies, however it dies."""
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    # It may be dead already: until here takes Python's own start.
+    if os.getppid() != supervisor:
         sys.exit("The supervisor is gone.")
 
 

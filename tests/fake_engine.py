@@ -1,8 +1,8 @@
 """A stand-in for the engine process whose tokens can be checked by hand.
 
 Speaks the same messages over the same socket, in its own process: token i+1 = (last + 1) % vocab.
-`python -m tests.fake_engine [--vocab N] [--step-s S] [...] ADDRESS MEMORY PULSE`. It imports no
-torch.
+`python -m tests.fake_engine [--vocab N] [--step-s S] [...] ADDRESS MEMORY PULSE SUPERVISOR`.
+It imports no torch.
 
 What tests read from its heartbeat: `running` as in the real engine, `blocks_used` = the
 number of Cancel messages read, `blocks_total` = the number of Submit messages read. Each engine
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("address")
     parser.add_argument("memory", type=int, help="an inherited descriptor")
     parser.add_argument("pulse", type=int, help="an inherited descriptor")
+    parser.add_argument("supervisor", type=int, help="a process id")
     options = parser.parse_args()
     os.write(options.memory, b"!")
     if options.has_pulse:

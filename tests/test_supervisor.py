@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import tempfile
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Submit
 from moe_server.patience import longest_step_s
 from moe_server.state import ServerState
-from moe_server.supervisor import Supervisor
+from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from tests.front_door import FAKE_ENGINE, PATIENCE, WAIT_S, eventually, make_config
 
 
@@ -218,6 +219,15 @@ async def test_a_temporary_folder_with_a_long_name(tmp_path, monkeypatch):
     async with supervised() as supervisor:
         await reach(supervisor, ServerState.READY)
     assert not list(folder.iterdir())
+
+
+def test_an_engine_whose_supervisor_died_before_it_could_look_ends():
+    with subprocess.Popen(["true"]) as supervisor:
+        pass
+    command = [*ENGINE_COMMAND, "ipc:///nobody", "0", "0", str(supervisor.pid)]
+    engine = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert engine.returncode == 1
+    assert "supervisor is gone" in engine.stderr
 
 
 async def test_a_killed_engine_is_said_to_have_been_killed():
