@@ -6,7 +6,7 @@ PORT ?= 50051
 PROTOS := $(wildcard proto/moe_server/v1/*.proto)
 BUF := build/buf/node_modules/.bin/buf
 
-.PHONY: run test lint types proto proto-check bench-policy bench-paging bench-routing bench-engine clean
+.PHONY: run test lint types proto proto-check bench-policy bench-paging bench-routing bench-engine bench-coldstart clean
 
 # Installs, serves the embedded model, waits for its proof, streams a completion, stops.
 run: $(VENV)/.installed
@@ -34,6 +34,11 @@ bench-paging: $(VENV)/.installed
 # The engine process around the model: benchmarks/engine.py says how QUICK=1 and ARGS change it. Needs root.
 bench-engine: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick) $(ARGS)
+
+# From process start to READY, the first requests, hot sets and chaos: benchmarks/coldstart.py says how
+# QUICK=1 and ARGS change it. Needs root; a picture needs matplotlib (the extra `bench`).
+bench-coldstart: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.coldstart $(if $(QUICK),--quick) $(ARGS)
 
 # What routing costs beyond the experts: benchmarks/routing.py says how QUICK=1 and ARGS change it. A
 # picture needs matplotlib (the extra `bench`).

@@ -1,8 +1,7 @@
 """One measured process: started within a memory cap, asked line by line, ended whatever happens.
 
-The cap is a memory cgroup (version 1), which counts page cache as well as memory of the process:
-what a peer maps and what we allocate weigh the same. Knows no engine; `peers/session.py` is the
-other end of the pipe.
+The cap is a memory cgroup, see `cgroups`. Knows no engine; `peers/session.py` is the other end of
+the pipe.
 """
 
 import json
@@ -17,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-CGROUPS = Path("/sys/fs/cgroup/memory")
+from benchmarks.cgroups import LIMIT, MEMORY, memory_group, oom_kills, within
+
 ANSWERS = "MOE_BENCH_ANSWERS"
 TAIL_CHARACTERS = 600
 END_TIMEOUT_S = 30
@@ -78,7 +78,7 @@ class Child:
 
     def _how_it_ended(self) -> str:
         code = self._process.wait(END_TIMEOUT_S)
-        if self._group is not None and _oom_kills(self._group):
+        if self._group is not None and oom_kills(self._group):
             return "killed by the memory cap"
         tail = self._log.read_text(errors="replace").strip()[-TAIL_CHARACTERS:]
         return f"ended with code {code}: {tail}"
@@ -93,10 +93,8 @@ def running(
     It answers to the descriptor that `ANSWERS` in its environment names; whatever it and its
     libraries print goes to `log`.
     """
-    with _memory_cap(cap_bytes) as group, log.open("w") as printed:
-        if group is not None:
-            enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
-            command = ["/bin/sh", "-c", enter, "sh", *command]
+    with memory_group(cap_bytes) as group, log.open("w") as printed:
+        command = within([group] if group is not None else [], command)
         reading, writing = os.pipe()
         started_at = time.monotonic()
         process = subprocess.Popen(
@@ -128,8 +126,8 @@ def can_cap() -> str | None:
     """None if this process may cap memory and drop the page cache; otherwise why not."""
     if os.geteuid() != 0:
         return "capping memory and dropping the page cache need root"
-    if not (CGROUPS / "memory.limit_in_bytes").exists():
-        return f"there is no memory cgroup of version 1 at {CGROUPS}"
+    if not (MEMORY / LIMIT).exists():
+        return f"there is no memory cgroup of version 1 at {MEMORY}"
     return None
 
 
@@ -142,33 +140,3 @@ def _end(process: subprocess.Popen[str]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-@contextmanager
-def _memory_cap(cap_bytes: int | None) -> Iterator[Path | None]:
-    if cap_bytes is None:
-        yield None
-        return
-    group = CGROUPS / f"moe-bench-{os.getpid()}"
-    group.mkdir(exist_ok=True)
-    try:
-        (group / "memory.limit_in_bytes").write_text(str(cap_bytes), encoding="ascii")
-        yield group
-    finally:
-        _remove(group)
-
-
-def _remove(group: Path) -> None:
-    """A group can be removed once the kernel has seen its last process off."""
-    for _ in range(100):
-        try:
-            group.rmdir()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-
-
-def _oom_kills(group: Path) -> int:
-    lines = (group / "memory.oom_control").read_text(encoding="ascii").splitlines()
-    return int(dict(line.split() for line in lines).get("oom_kill", 0))

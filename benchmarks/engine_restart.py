@@ -20,6 +20,7 @@ from benchmarks.engine_server import (
     START_TIMEOUT_S,
     engine_of,
     half_resident,
+    io_read_bytes,
     running_server,
     wait_ready,
 )
@@ -77,7 +78,7 @@ def measure(model: Path, folder: Path) -> Restart:
         os.kill(engine_of(process.pid), signal.SIGKILL)
         wait_ready(client, process, log, num_restarts=1)
         ready_again_s = time.monotonic() - killed
-        read_bytes = _read_bytes(engine_of(process.pid))
+        read_bytes = io_read_bytes(engine_of(process.pid))
         for stream in streams:
             stream.join(END_TIMEOUT_S)
         told = sum(stream.was_told_to_retry for stream in streams)
@@ -112,8 +113,3 @@ class _Stream(threading.Thread):
                 self.was_told_to_retry = "Retry after" in error.remedy
             finally:
                 self.begun.set()
-
-
-def _read_bytes(process: int) -> int:
-    lines = Path(f"/proc/{process}/io").read_text(encoding="ascii").splitlines()
-    return int(dict(line.split(": ") for line in lines)["read_bytes"])

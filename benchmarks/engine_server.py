@@ -4,13 +4,15 @@ Starts and ends it, waits for its states and looks at its two processes from out
 of what is measured.
 """
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from benchmarks.cgroups import within
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
 from moe_server.client import Client, UnreachableError
@@ -28,7 +30,13 @@ class ServerFailedError(Exception):
 
 @contextmanager
 def running_server(
-    model: str, flags: Sequence[str], address: str, log: Path
+    model: str,
+    flags: Sequence[str],
+    address: str,
+    log: Path,
+    *,
+    groups: Sequence[Path] = (),
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """`moe-server serve`, ended on leaving.
 
@@ -37,10 +45,17 @@ def running_server(
         flags: Further ones.
         address: Where it listens.
         log: For what it prints.
+        groups: Of `cgroups`; it and its engine run in them.
+        environ: Further variables.
     """
     command = [sys.executable, "-m", "moe_server", "serve", "--model", model, "--listen", address]
     with log.open("w") as printed:
-        process = subprocess.Popen([*command, *flags], stdout=printed, stderr=printed)
+        process = subprocess.Popen(
+            within(groups, [*command, *flags]),
+            stdout=printed,
+            stderr=printed,
+            env={**os.environ, **(environ or {})},
+        )
     try:
         yield process
     finally:
@@ -89,6 +104,12 @@ def engine_of(server: int) -> int:
         if b"moe_server.engine_process" in command:
             return child
     raise ServerFailedError(f"the server has {len(children)} processes, none of them its engine")
+
+
+def io_read_bytes(process: int) -> int:
+    """What a process has had read from disk since it began, by the kernel's count."""
+    lines = Path(f"/proc/{process}/io").read_text(encoding="ascii").splitlines()
+    return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
 def half_resident(model: str, **flags: object) -> int:

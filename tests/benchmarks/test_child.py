@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.child import CGROUPS, ChildFailedError, can_cap, running
+from benchmarks.cgroups import MEMORY
+from benchmarks.child import ChildFailedError, can_cap, running
 
 ANSWER = "import os, sys\nanswers = open(int(os.environ['MOE_BENCH_ANSWERS']), 'w', buffering=1)\n"
 ECHO = "print('noise')\nanswers.write('1\\n')\nfor line in sys.stdin: answers.write(line)"
@@ -55,7 +56,7 @@ def test_a_cap_kills_what_passes_it_and_its_group_goes(tmp_path: Path) -> None:
         assert child.answer(20) == 1
         with pytest.raises(ChildFailedError, match="killed by the memory cap"):
             child.ask({}, 60)
-    assert not (CGROUPS / f"moe-bench-{os.getpid()}").exists()
+    assert not (MEMORY / f"moe-bench-{os.getpid()}").exists()
 
 
 def _runs(pid: int) -> bool:

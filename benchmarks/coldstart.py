@@ -1,0 +1,242 @@
+"""The cold start: how soon a server is READY, how its first requests fare, what can keep it.
+
+    make bench-coldstart [QUICK=1] [ARGS="--only ready chaos --repetitions 3"]
+
+Four parts, each a module of its own, on four layers of Mixtral 8x7B's size with nothing in the page
+cache; once with places for half of the experts, the processes in a memory group that holds no more,
+and once with places for all:
+
+- `ready/limit` (`coldstart_ready`): seconds from process start to READY over 1.15 times what the
+  disk, measured in the same minutes, takes for the model, and 2 s. Of the two the worse.
+- `first_ttft/steady` (`coldstart_first`): the first request's time to first token over the steady
+  median, and the 99th percentile of the first 100 against the limit that was configured; beside
+  it, the same requests to an engine that nobody warmed up. Of the two the worse.
+- `hotset/speedup` (`coldstart_hotset`): how many times sooner a server that starts with a hot set
+  reaches the steady hit rate of skewed traffic.
+- `chaos` (`coldstart_chaos`, `chaos`): kill -9 at every stage, a slow disk, a shard missing, read
+  errors, memory that shrinks. Its ratio `chaos/passed` is a share of the scenarios.
+
+QUICK takes a smaller model and fewer requests. Needs root, for the page cache and caps on memory.
+Files are kept in $MOE_BENCH_DIR (default /var/tmp/moe-bench); models take at most $MOE_BENCH_MAX_GB
+(default 45) there. Prints tables and one JSON line; unless QUICK, it is kept in
+benchmarks/results/, under the names of its parts where it has some of them only, with a picture
+that needs matplotlib (the extra `bench`).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import (
+    ceilings,
+    checkout,
+    coldstart_chaos,
+    coldstart_first,
+    coldstart_hotset,
+    coldstart_picture,
+    coldstart_ready,
+    kernels,
+)
+from benchmarks.chaos import Outcome
+from benchmarks.child import can_cap
+from benchmarks.coldstart_first import Counts, First
+from benchmarks.coldstart_hotset import HotSet
+from benchmarks.coldstart_ready import ARMS, Start
+from benchmarks.models import ModelFolder
+from benchmarks.paging import FOLDER, MAX_GB
+from moe_server.budget import usable_cores
+
+MODEL, MODEL_QUICK = "bf16-4", "bf16-small"
+REPETITIONS, REPETITIONS_QUICK = 3, 1
+COUNTS = {"half": Counts(100, 20, 30), "whole": Counts(100, 40, 100)}
+COUNTS_QUICK = {"half": Counts(20, 10, 20), "whole": Counts(20, 10, 20)}
+HOT_SET_REQUESTS, HOT_SET_REQUESTS_QUICK = 60, 24
+DISK_READ_BYTES = 2**28
+READY, FIRST, HOT_SET, CHAOS = (
+    "ready/limit",
+    "first_ttft/steady",
+    "hotset/speedup",
+    "chaos/passed",
+)
+AT_LEAST = {HOT_SET: 5.0, CHAOS: 1.0}
+AT_MOST = {READY: 1.0, FIRST: 1.1}
+
+
+class Report:
+    """What the parts have found so far."""
+
+    def __init__(
+        self, folder: Path, models: ModelFolder, parts: Sequence[str], *, quick: bool
+    ) -> None:
+        self.folder, self.parts, self.quick = folder, parts, quick
+        self.model = models.require(MODEL_QUICK if quick else MODEL)
+        self.ceilings: dict[str, float] = {}
+        self.results: dict[str, Any] = {"model": self.model.name}
+        self.ratios: dict[str, float] = {}
+        self.starts: list[Start] = []
+        self.firsts: list[First] = []
+        self.hot_set: HotSet | None = None
+
+    def disk_bytes_per_s(self) -> float:
+        """Measured now."""
+        found = ceilings.disk_bytes_per_s(sorted(self.model.glob("*.safetensors")), DISK_READ_BYTES)
+        self.ceilings["disk_bytes_per_s"] = found
+        return found
+
+
+def main() -> int:
+    """Measures and reports."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="an answer within 5 minutes")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--repetitions", type=int, help="of the starts that are timed")
+    args = parser.parse_args()
+    why_not = can_cap()
+    if why_not is not None:
+        raise SystemExit(f"Cold starts are not measured: {why_not}.")
+    folder = Path(os.environ.get("MOE_BENCH_DIR", FOLDER))
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    limit_bytes = round(float(os.environ.get("MOE_BENCH_MAX_GB", MAX_GB)) * 1e9)
+    models = ModelFolder(folder / "models", limit_bytes, lambda: Path(sys.executable))
+    report = Report(folder, models, args.only, quick=args.quick)
+    for name in args.only:
+        PARTS[name](report, args.repetitions)
+    _tell(report)
+    return 0
+
+
+def _tell(report: Report) -> None:
+    for key, ratio in report.ratios.items():
+        sign, bar = (">=", AT_LEAST[key]) if key in AT_LEAST else ("<=", AT_MOST[key])
+        met = ratio >= bar if key in AT_LEAST else ratio <= bar
+        print(f"{key:20} {ratio:7.3f}  {sign} {bar} {'met' if met else 'missed'}")
+    line = {
+        "bench": "coldstart",
+        "commit": checkout.commit(),
+        "hardware": kernels.hardware(usable_cores()),
+        "ceilings": report.ceilings,
+        "results": report.results,
+        "ratios": report.ratios,
+    }
+    if not report.quick:
+        checkout.RESULTS.mkdir(exist_ok=True)
+        some = (
+            "" if set(report.parts) == set(PARTS) else "".join(f"-{name}" for name in report.parts)
+        )
+        kept = checkout.RESULTS / f"coldstart{some}-{line['commit']}.json"
+        kept.write_text(json.dumps(line, indent=1) + "\n")
+    else:
+        kept = report.folder / "coldstart-quick.json"
+    if report.starts or report.firsts or report.hot_set:
+        picture = kept.with_suffix(".png")
+        print(coldstart_picture.draw(report.starts, report.firsts, report.hot_set, picture))
+    print(json.dumps(line))
+
+
+def _ready(report: Report, repetitions: int | None) -> None:
+    for number in range(repetitions or (REPETITIONS_QUICK if report.quick else REPETITIONS)):
+        for arm in ARMS:
+            start = coldstart_ready.measure(
+                report.model, arm, report.folder, report.disk_bytes_per_s
+            )
+            report.starts.append(start)
+            print(
+                f"{number}: {arm.name} of the experts: READY after {start.ready_s:.1f} s, the port "
+                f"after {start.port_s:.2f} s; limit {start.limit_s:.1f} s: {start.ratio:.2f}; "
+                f"{start.read_bytes / 1e9:.1f} GB read for {start.model_bytes / 1e9:.1f} "
+                f"({start.ratio_as_read:.2f} of the limit for those); disk "
+                f"{start.disk_bytes_per_s / 1e9:.2f} GB/s"
+            )
+            print("   " + ", ".join(f"{name} {s:.1f}" for name, s in start.stages_s.items()))
+            for fault in start.faults:
+                print(f"   wrong: {fault}")
+    report.results["ready"] = {
+        arm.name: _of_arm([start for start in report.starts if start.arm == arm.name])
+        for arm in ARMS
+    }
+    report.ratios[READY] = coldstart_ready.worst_ratio(report.starts)
+
+
+def _of_arm(starts: Sequence[Start]) -> dict[str, Any]:
+    return {
+        "ratio": statistics.median(start.ratio for start in starts),
+        "ratio_as_read": statistics.median(start.ratio_as_read for start in starts),
+        "ready_s": statistics.median(start.ready_s for start in starts),
+        "port_s": max(start.port_s for start in starts),
+        "faults": [fault for start in starts for fault in start.faults],
+        "starts": [asdict(start) | {"limit_s": start.limit_s} for start in starts],
+    }
+
+
+def _first(report: Report, _repetitions: int | None) -> None:
+    counts = COUNTS_QUICK if report.quick else COUNTS
+    found = {}
+    for arm in ARMS:
+        first = coldstart_first.measure(report.model, arm, report.folder, counts[arm.name])
+        report.firsts.append(first)
+        print(
+            f"{arm.name} of the experts: first request over steady median "
+            f"{', '.join(f'{ratio:.2f}' for ratio in first.ratios)}; p99 of the first "
+            f"{len(first.ttfts_s[-1])} {first.p99_ms:.0f} ms, limit {first.max_ttft_ms:.0f} ms "
+            f"{'kept' if first.within_limit else 'MISSED'}; without warm-up the first takes "
+            f"{first.unwarmed_s[0]:.1f} s, {first.unwarmed_ratio:.1f} times the steady median"
+        )
+        found[arm.name] = asdict(first) | {
+            "ratios": first.ratios,
+            "p99_ms": first.p99_ms,
+            "within_limit": first.within_limit,
+            "unwarmed_ratio": first.unwarmed_ratio,
+        }
+    report.results["first"] = found
+    report.ratios[FIRST] = max(first.ratio for first in report.firsts)
+
+
+def _hot_set(report: Report, _repetitions: int | None) -> None:
+    if not coldstart_hotset.is_available():
+        print("hotset: this checkout's server knows none.")
+        return
+    count = HOT_SET_REQUESTS_QUICK if report.quick else HOT_SET_REQUESTS
+    found = report.hot_set = coldstart_hotset.measure(report.model, report.folder, count)
+    print(
+        f"hotset: steady hit rate {found.steady_rate:.2f} (requests without topics: "
+        f"{found.uniform_rate:.2f}), reached with request {found.requests_with} with a hot set, "
+        f"{found.requests_without} without: {found.speedup:.1f} times sooner"
+    )
+    report.results["hotset"] = asdict(found) | {
+        "steady_rate": found.steady_rate,
+        "requests_with": found.requests_with,
+        "requests_without": found.requests_without,
+    }
+    report.ratios[HOT_SET] = found.speedup
+
+
+def _chaos(report: Report, _repetitions: int | None) -> None:
+    def told(outcome: Outcome) -> None:
+        recovered = "" if outcome.recovered_s is None else f"{outcome.recovered_s:.1f} s"
+        verdict = "passed" if outcome.passed else "FAILED"
+        print(f"  {outcome.name:48} {verdict} {recovered:>7}  {outcome.said[:90]}", flush=True)
+        for problem in outcome.problems:
+            print(f"    {problem}")
+
+    print("chaos: scenario, verdict, time to recover, what it said")
+    disk = report.disk_bytes_per_s()
+    outcomes = coldstart_chaos.run(report.model, report.folder / "chaos", disk, told)
+    report.results["chaos"] = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
+    report.ratios[CHAOS] = sum(outcome.passed for outcome in outcomes) / len(outcomes)
+
+
+PARTS: dict[str, Callable[[Report, int | None], None]] = {
+    "ready": _ready,
+    "first": _first,
+    "hotset": _hot_set,
+    "chaos": _chaos,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The arithmetic of the cold start's bars, and what an observer sees."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.coldstart_first import First, first_over_steady, percentile
+from benchmarks.coldstart_hotset import NUM_TOPICS, WINDOW, HotSet, topics, until_steady
+from benchmarks.coldstart_ready import Start, limit_s, worst_ratio
+from benchmarks.observer import Moment, stages
+
+START = Start(
+    arm="half",
+    ready_s=9.0,
+    port_s=0.6,
+    model_bytes=12 * 10**9,
+    read_bytes=24 * 10**9,
+    disk_bytes_per_s=2e9,
+    stages_s={},
+    slots=16,
+    faults=[],
+)
+
+
+def test_the_limit_is_what_the_disk_takes_and_a_share_and_two_seconds() -> None:
+    assert limit_s(12e9, 2e9) == pytest.approx(1.15 * 6 + 2)
+    assert START.ratio == pytest.approx(9 / 8.9)
+    assert START.ratio_as_read == pytest.approx(9 / 15.8)
+
+
+def test_the_worse_arm_counts_by_its_median() -> None:
+    whole = [replace(START, arm="whole", ready_s=ready_s) for ready_s in (8.9, 17.8, 89.0)]
+    assert worst_ratio([START, *whole]) == pytest.approx(2.0)
+    assert worst_ratio([START, replace(START, arm="whole", ready_s=1.0)]) == START.ratio
+
+
+def test_first_requests_are_compared_with_the_later_half() -> None:
+    assert first_over_steady([3.0, 9.0, 9.0, 1.0, 2.0, 1.5]) == pytest.approx(2.0)
+    first = First("half", 3000.0, [[1.1, 1.0], [1.3, 1.0]], [20.0, 1.0, 1.0, 1.0])
+    assert first.ratio == pytest.approx(1.2)
+    assert first.p99_ms == pytest.approx(1300)
+    assert first.within_limit
+    assert not replace(first, max_ttft_ms=1200.0).within_limit
+    assert first.unwarmed_ratio == pytest.approx(20)
+
+
+def test_percentiles_are_values_that_occurred() -> None:
+    hundred = [float(value) for value in range(100, 0, -1)]
+    assert percentile(hundred, 0.99) == 99
+    assert percentile(hundred, 1.0) == 100
+    assert percentile([5.0], 0.99) == 5
+    assert percentile([1.0] * 30 + [7.0], 0.99) == 7
+
+
+def test_the_steady_state_begins_where_a_whole_window_is_as_good() -> None:
+    slow = [0.1] * 10 + [0.8] * 30
+    assert until_steady(slow, 0.8) == 11
+    assert until_steady([0.8] * 40, 0.8) == 1
+    # Single good requests are none; a state that is never reached counts as all requests.
+    assert until_steady([0.8, 0.1] * 20, 0.8) == 40
+    assert until_steady([0.8] * (WINDOW - 1) + [0.1] * 5, 0.8) == WINDOW + 4
+    hot_set = HotSet(before=[0.8] * 40, without=slow, with_=[0.8] * 40, uniform_rate=0.5)
+    assert hot_set.steady_rate == pytest.approx(0.8)
+    assert hot_set.speedup == pytest.approx(11)
+
+
+def test_traffic_is_skewed_and_its_topics_are_the_same_for_every_seed() -> None:
+    one, other = topics("one", 2000), topics("other", 2000)
+    tokens = {prompt[0] for prompt in one}
+    assert len(tokens) == NUM_TOPICS
+    assert tokens == {prompt[0] for prompt in other}
+    counts = sorted((sum(prompt[0] == token for prompt in one) for token in tokens), reverse=True)
+    assert counts[0] > 0.3 * len(one)
+    assert [prompt[0] for prompt in one[:20]] != [prompt[0] for prompt in other[:20]]
+
+
+def test_stages_end_where_the_next_begins() -> None:
+    moments = [
+        Moment(10.0),
+        Moment(10.5, "starting", "the engine"),
+        Moment(11.0, "loading", "experts", stage_index=2),
+        Moment(14.0, "starting", "the engine"),
+        Moment(14.25, "ready", "", is_ready=True),
+    ]
+    seconds = {"unreachable": 0.5, "starting: the engine": 0.75, "loading: experts": 3.0}
+    assert stages(moments, 14.25) == pytest.approx(seconds)
+
+
+def test_a_moment_is_the_same_while_only_bytes_come() -> None:
+    moment = Moment(1.0, "loading", "experts", bytes_done=5)
+    assert moment.same_as(replace(moment, at_s=2.0, bytes_done=7, bytes_per_s=2.0))
+    assert not moment.same_as(replace(moment, is_ready=True))
+    probe = Moment(1.0, "warming", "round 1: probe 2 of 3", failures=("too slow",))
+    assert probe.place == "warming: round #: probe # of #"
+    assert probe.text == "round 1: probe 2 of 3 | too slow"
