@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks.cgroups import limit_memory, memory_in_use
-from benchmarks.engine_server import ServerFailedError, engine_of, running_server
+from benchmarks.engine_server import ServerFailedError, children_of, engine_of, running_server
 from benchmarks.faults import Faults
 from benchmarks.observer import UNREACHABLE, Moment, Observer, Question, answer_of
 
@@ -151,12 +151,6 @@ class Scene:
         """All that was seen."""
         wrong = tuple(dict.fromkeys([*self.observer.wrong, *self.observer.dead]))
         return Outcome(name, self.said, self.recovered_s, (*self.problems, *wrong))
-
-
-def children_of(process: int) -> list[int]:
-    """The processes that one has started."""
-    text = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
-    return [int(child) for child in text.split()]
 
 
 def ended(processes: Sequence[int], within_s: float) -> bool:

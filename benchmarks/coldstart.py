@@ -23,9 +23,6 @@ benchmarks/results/, under the names of its parts where it has some of them only
 that needs matplotlib (the extra `bench`).
 """
 
-import argparse
-import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -35,13 +32,12 @@ from typing import Any
 
 from benchmarks import (
     ceilings,
-    checkout,
     coldstart_chaos,
     coldstart_first,
     coldstart_hotset,
     coldstart_picture,
     coldstart_ready,
-    kernels,
+    parts,
 )
 from benchmarks.chaos import Outcome
 from benchmarks.child import can_cap
@@ -49,8 +45,6 @@ from benchmarks.coldstart_first import Counts, First
 from benchmarks.coldstart_hotset import HotSet
 from benchmarks.coldstart_ready import ARMS, Start
 from benchmarks.models import ModelFolder
-from benchmarks.paging import FOLDER, MAX_GB
-from moe_server.budget import usable_cores
 
 MODEL, MODEL_QUICK = "bf16-4", "bf16-small"
 REPETITIONS, REPETITIONS_QUICK = 3, 1
@@ -68,17 +62,15 @@ AT_LEAST = {HOT_SET: 5.0, CHAOS: 1.0}
 AT_MOST = {READY: 1.0, FIRST: 1.1}
 
 
-class Report:
+class Report(parts.Report):
     """What the parts have found so far."""
 
     def __init__(
-        self, folder: Path, models: ModelFolder, parts: Sequence[str], *, quick: bool
+        self, folder: Path, models: ModelFolder, names: Sequence[str], *, quick: bool
     ) -> None:
-        self.folder, self.parts, self.quick = folder, parts, quick
+        super().__init__(folder, models, names, quick=quick)
         self.model = models.require(MODEL_QUICK if quick else MODEL)
-        self.ceilings: dict[str, float] = {}
-        self.results: dict[str, Any] = {"model": self.model.name}
-        self.ratios: dict[str, float] = {}
+        self.results["model"] = self.model.name
         self.starts: list[Start] = []
         self.firsts: list[First] = []
         self.hot_set: HotSet | None = None
@@ -92,51 +84,21 @@ class Report:
 
 def main() -> int:
     """Measures and reports."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="an answer within 5 minutes")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--repetitions", type=int, help="of the starts that are timed")
-    args = parser.parse_args()
+    benchmark = parts.Benchmark("coldstart", list(PARTS), AT_LEAST, AT_MOST)
+    args = benchmark.arguments(__doc__ or "", "of the starts that are timed")
     why_not = can_cap()
     if why_not is not None:
         raise SystemExit(f"Cold starts are not measured: {why_not}.")
-    folder = Path(os.environ.get("MOE_BENCH_DIR", FOLDER))
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    limit_bytes = round(float(os.environ.get("MOE_BENCH_MAX_GB", MAX_GB)) * 1e9)
-    models = ModelFolder(folder / "models", limit_bytes, lambda: Path(sys.executable))
-    report = Report(folder, models, args.only, quick=args.quick)
+    report = Report(*parts.open_folder(), args.only, quick=args.quick)
     for name in args.only:
         PARTS[name](report, args.repetitions)
-    _tell(report)
+
+    def draw(picture: Path) -> None:
+        if report.starts or report.firsts or report.hot_set:
+            print(coldstart_picture.draw(report.starts, report.firsts, report.hot_set, picture))
+
+    benchmark.tell(report, draw)
     return 0
-
-
-def _tell(report: Report) -> None:
-    for key, ratio in report.ratios.items():
-        sign, bar = (">=", AT_LEAST[key]) if key in AT_LEAST else ("<=", AT_MOST[key])
-        met = ratio >= bar if key in AT_LEAST else ratio <= bar
-        print(f"{key:20} {ratio:7.3f}  {sign} {bar} {'met' if met else 'missed'}")
-    line = {
-        "bench": "coldstart",
-        "commit": checkout.commit(),
-        "hardware": kernels.hardware(usable_cores()),
-        "ceilings": report.ceilings,
-        "results": report.results,
-        "ratios": report.ratios,
-    }
-    if not report.quick:
-        checkout.RESULTS.mkdir(exist_ok=True)
-        some = (
-            "" if set(report.parts) == set(PARTS) else "".join(f"-{name}" for name in report.parts)
-        )
-        kept = checkout.RESULTS / f"coldstart{some}-{line['commit']}.json"
-        kept.write_text(json.dumps(line, indent=1) + "\n")
-    else:
-        kept = report.folder / "coldstart-quick.json"
-    if report.starts or report.firsts or report.hot_set:
-        picture = kept.with_suffix(".png")
-        print(coldstart_picture.draw(report.starts, report.firsts, report.hot_set, picture))
-    print(json.dumps(line))
 
 
 def _ready(report: Report, repetitions: int | None) -> None:

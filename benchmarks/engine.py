@@ -21,7 +21,6 @@ $MOE_BENCH_MAX_GB (default 45) there. Prints a table and one JSON line; unless Q
 benchmarks/results/, under the names of its parts where it has some of them only.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -30,7 +29,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from benchmarks import (
     ceilings,
@@ -39,13 +37,11 @@ from benchmarks import (
     engine_day,
     engine_restart,
     engine_throughput,
-    kernels,
+    parts,
     soak,
     soak_engine,
 )
 from benchmarks.models import ModelFolder
-from benchmarks.paging import FOLDER, MAX_GB
-from moe_server.budget import usable_cores
 
 RESTARTED, RESIDENT, RESIDENT_QUICK = "bf16-2", "int4-4-synth", "int4-small"
 REPETITIONS = 3
@@ -58,65 +54,35 @@ AT_LEAST = {"throughput/b8": 0.9, "throughput/b32": 0.9}
 AT_MOST = {READY: 0.25, DRIFT: 0.02, WRONG: 0.0}
 
 
-class Report:
+class Report(parts.Report):
     """What the parts have found so far."""
 
     def __init__(
-        self, folder: Path, models: ModelFolder, parts: Sequence[str], *, quick: bool
+        self, folder: Path, models: ModelFolder, names: Sequence[str], *, quick: bool
     ) -> None:
-        self.folder, self.models, self.parts, self.quick = folder, models, parts, quick
-        self.ceilings: dict[str, float] = {}
-        self.results: dict[str, Any] = {}
-        self.ratios: dict[str, float] = {}
+        super().__init__(folder, models, names, quick=quick)
         self.day: list[engine_day.Found] = []
 
 
 def main() -> int:
     """Measures and reports."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="an answer within 5 minutes")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--repetitions", type=int, help="of the restart and the throughput")
-    args = parser.parse_args()
+    benchmark = parts.Benchmark("engine", list(PARTS), AT_LEAST, AT_MOST)
+    args = benchmark.arguments(__doc__ or "", "of the restart and the throughput")
     if "restart" in args.only and os.geteuid() != 0:
         raise SystemExit(
             "The restart is not measured: dropping the page cache needs root. For the rest: "
             "--only throughput soak day"
         )
-    folder = Path(os.environ.get("MOE_BENCH_DIR", FOLDER))
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    limit_bytes = round(float(os.environ.get("MOE_BENCH_MAX_GB", MAX_GB)) * 1e9)
-    models = ModelFolder(folder / "models", limit_bytes, lambda: Path(sys.executable))
-    report = Report(folder, models, args.only, quick=args.quick)
+    report = Report(*parts.open_folder(), args.only, quick=args.quick)
     for name in args.only:
         PARTS[name](report, args.repetitions)
-    _tell(report)
+
+    def draw(picture: Path) -> None:
+        if report.day and not report.quick:
+            print(day_picture.draw(report.day, picture))
+
+    benchmark.tell(report, draw)
     return 0
-
-
-def _tell(report: Report) -> None:
-    for key, ratio in report.ratios.items():
-        sign, bar = (">=", AT_LEAST[key]) if key in AT_LEAST else ("<=", AT_MOST[key])
-        met = ratio >= bar if key in AT_LEAST else ratio <= bar
-        print(f"{key:20} {ratio:7.3f}  {sign} {bar} {'met' if met else 'missed'}")
-    line = {
-        "bench": "engine",
-        "commit": checkout.commit(),
-        "hardware": kernels.hardware(usable_cores()),
-        "ceilings": report.ceilings,
-        "results": report.results,
-        "ratios": report.ratios,
-    }
-    if not report.quick:
-        checkout.RESULTS.mkdir(exist_ok=True)
-        some = (
-            "" if set(report.parts) == set(PARTS) else "".join(f"-{name}" for name in report.parts)
-        )
-        kept = checkout.RESULTS / f"engine{some}-{line['commit']}.json"
-        kept.write_text(json.dumps(line, indent=1) + "\n")
-        if report.day:
-            print(day_picture.draw(report.day, kept.with_suffix(".png")))
-    print(json.dumps(line))
 
 
 def _restart(report: Report, repetitions: int | None) -> None:

@@ -98,12 +98,18 @@ def wait_ready(
 
 def engine_of(server: int) -> int:
     """The process id of a server's engine."""
-    children = Path(f"/proc/{server}/task/{server}/children").read_text(encoding="ascii").split()
-    for child in map(int, children):
+    children = children_of(server)
+    for child in children:
         command = Path(f"/proc/{child}/cmdline").read_bytes()
         if b"moe_server.engine_process" in command:
             return child
     raise ServerFailedError(f"the server has {len(children)} processes, none of them its engine")
+
+
+def children_of(process: int) -> list[int]:
+    """The processes that one has started."""
+    text = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
+    return [int(child) for child in text.split()]
 
 
 def io_read_bytes(process: int) -> int:

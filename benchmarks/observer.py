@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.engine_server import ServerFailedError
+from moe_server.commands.startup import state_name
 from moe_server.proto.moe_server.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -217,7 +218,7 @@ class Observer:
         startup = status.startup
         return Moment(
             now,
-            admin_pb2.ServerState.Name(status.state).removeprefix("SERVER_STATE_").lower(),
+            state_name(status.state),
             startup.stage,
             startup.stage_index,
             status.reason,

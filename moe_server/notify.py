@@ -165,7 +165,7 @@ def status_of(models: Registry) -> str:
     state = models.feed.current
     if state is ServerState.FAILED:
         return f"failed: {models.reason}"
-    running = next(one for one in models if one.supervisor.state is state)
+    running = models.least_ready
     name = f"{running.name} " if len(list(models)) > 1 else ""
     if state in (ServerState.READY, ServerState.DRAINING):
         open_requests = sum(one.supervisor.num_open_requests for one in models)

@@ -75,6 +75,18 @@ class StageLog:
         """The stage in progress; None before the first, after the last, and after a failure."""
         return self._running
 
+    @property
+    def bytes_per_s(self) -> float:
+        """What the stage in progress reads of late; 0 where nothing comes."""
+        stage = self._running  # once: metrics are read on another thread
+        return stage.bytes_per_s() if stage else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds until the stage in progress has its bytes; None: nobody can tell."""
+        stage = self._running
+        return stage.eta_s() if stage else None
+
     def seconds(self, stage: Stage) -> float:
         """What its last attempt took, or has taken so far."""
         return (self._clock() if stage.ended is None else stage.ended) - stage.began

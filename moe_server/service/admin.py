@@ -18,7 +18,7 @@ from moe_server.service.generation import to_duration
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
 from moe_server.service.running_model import RunningModel
-from moe_server.state import ServerState, least_ready
+from moe_server.state import ServerState
 from moe_server.warmup.probe import Probe
 from moe_server.warmup.stages import Stage, StageLog, StageState
 
@@ -89,7 +89,7 @@ class AdminService:
         self, request: pb.WatchStartupRequest, context: Context
     ) -> None:
         """A start from now to its end, a message for each change."""
-        self._registry.find(request.model)
+        named = self._registry.find(request.model)
         if self._num_watchers >= MAX_WATCHERS:
             raise MoeServerError(
                 f"{MAX_WATCHERS} clients watch already.",
@@ -100,27 +100,22 @@ class AdminService:
         try:
             last = None
             while True:
-                running = self._watched(request.model)
+                running = named if request.model else self._registry.least_ready
                 told = pb.WatchStartupResponse(
                     model=running.name,
                     state=STATES[running.supervisor.state],
                     reason=running.supervisor.reason,
                     startup=_startup(running),
                 )
-                if _without_clocks(told) != last:
+                news = _without_clocks(told)
+                if news != last:
                     await context.write(told)
-                last = _without_clocks(told)
+                last = news
                 if running.supervisor.state in SETTLED:
                     return
                 await asyncio.sleep(LOOK_S)
         finally:
             self._num_watchers -= 1
-
-    def _watched(self, name: str) -> RunningModel:
-        if name:
-            return self._registry.find(name)
-        state = least_ready(running.supervisor.state for running in self._registry)
-        return next(one for one in self._registry if one.supervisor.state is state)
 
     async def Drain(  # noqa: N802  # named by the protocol
         self, request: pb.DrainRequest, context: Context
@@ -181,8 +176,7 @@ def _model_status(running: RunningModel) -> pb.ModelStatus:
 
 def _startup(running: RunningModel) -> pb.Startup:
     supervisor, warm_up = running.supervisor, running.warm_up
-    progress, stage = supervisor.progress, running.stages.running
-    eta_s = stage.eta_s() if stage else None
+    progress, eta_s = supervisor.progress, running.stages.eta_s
     is_proving = supervisor.phase in (ServerState.WARMING, ServerState.READY)
     return pb.Startup(
         stage=warm_up.stage if is_proving else progress.stage,
@@ -192,7 +186,7 @@ def _startup(running: RunningModel) -> pb.Startup:
         bytes_total=progress.bytes_total,
         elapsed=to_duration(supervisor.startup_s),
         probes=[_probe(probe) for probe in warm_up.probes],
-        bytes_per_second=stage.bytes_per_s() if stage else 0.0,
+        bytes_per_second=running.stages.bytes_per_s,
         eta=None if eta_s is None else to_duration(eta_s),
         stages=[_stage(one, running.stages) for one in running.stages.stages],
     )

@@ -52,6 +52,11 @@ class Registry:
         return next(iter(self))
 
     @property
+    def least_ready(self) -> RunningModel:
+        """The model that the server's state is that of; the first one of several."""
+        return next(one for one in self if one.supervisor.state is self.feed.current)
+
+    @property
     def reason(self) -> str:
         """FAILED: what happened and what to do, of every model that did. Otherwise empty."""
         reasons = {running.name: running.supervisor.reason for running in self}

@@ -68,16 +68,6 @@ def _is_in(state: ServerState) -> Read:
     return lambda running: running.supervisor.state is state
 
 
-def _startup_rate(running: RunningModel) -> float:
-    stage = running.stages.running
-    return stage.bytes_per_s() if stage else 0.0
-
-
-def _startup_eta(running: RunningModel) -> float | None:
-    stage = running.stages.running
-    return stage.eta_s() if stage else None
-
-
 def _last_probe_ttft(running: RunningModel) -> float | None:
     probes = running.warm_up.probes
     return probes[-1].ttft_s if probes else None
@@ -119,12 +109,12 @@ FAMILIES = (
     gauge(
         "startup_bytes_per_second",
         "What the stage in progress reads, over the last seconds.",
-        _startup_rate,
+        lambda m: m.stages.bytes_per_s,
     ),
     gauge(
         "startup_remaining_seconds",
         "Until the stage in progress has its bytes, at that rate; absent: unknown.",
-        _startup_eta,
+        lambda m: m.stages.eta_s,
     ),
     gauge(
         "probe_time_to_first_token_seconds",

@@ -1,0 +1,88 @@
+"""A benchmark of several parts: its arguments, its folder, what was found, and the report.
+
+A part is a function that takes the report, measures, prints and notes. `engine` and `coldstart`
+are such benchmarks; what they measure is theirs.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import checkout, kernels
+from benchmarks.models import ModelFolder
+from benchmarks.paging import FOLDER, MAX_GB
+from moe_server.budget import usable_cores
+
+
+class Report:
+    """What the parts have found so far."""
+
+    def __init__(
+        self, folder: Path, models: ModelFolder, parts: Sequence[str], *, quick: bool
+    ) -> None:
+        self.folder, self.models, self.parts, self.quick = folder, models, parts, quick
+        self.ceilings: dict[str, float] = {}
+        self.results: dict[str, Any] = {}
+        self.ratios: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What tells one from another in its report."""
+
+    name: str
+    parts: Sequence[str]
+    at_least: Mapping[str, float]
+    """The bars of ratios that should be large; others' are in `at_most`."""
+    at_most: Mapping[str, float]
+
+    def arguments(self, description: str, repeated: str) -> argparse.Namespace:
+        """`quick`, `only` and `repetitions`, which are `repeated`."""
+        parser = argparse.ArgumentParser(description=description.splitlines()[0])
+        parser.add_argument("--quick", action="store_true", help="an answer within 5 minutes")
+        parser.add_argument("--only", nargs="+", choices=list(self.parts), default=list(self.parts))
+        parser.add_argument("--repetitions", type=int, help=repeated)
+        return parser.parse_args()
+
+    def tell(self, report: Report, draw: Callable[[Path], None]) -> None:
+        """Prints ratios beside their bars, and the JSON line, which is kept unless quick.
+
+        Args:
+            report: Of the parts that were run.
+            draw: Makes the picture of it, if there is one, in a file of this name.
+        """
+        for key, ratio in report.ratios.items():
+            is_least = key in self.at_least
+            sign, bar = (">=", self.at_least[key]) if is_least else ("<=", self.at_most[key])
+            met = ratio >= bar if is_least else ratio <= bar
+            print(f"{key:20} {ratio:7.3f}  {sign} {bar} {'met' if met else 'missed'}")
+        line = {
+            "bench": self.name,
+            "commit": checkout.commit(),
+            "hardware": kernels.hardware(usable_cores()),
+            "ceilings": report.ceilings,
+            "results": report.results,
+            "ratios": report.ratios,
+        }
+        kept = report.folder / f"{self.name}-quick.json"
+        if not report.quick:
+            checkout.RESULTS.mkdir(exist_ok=True)
+            is_whole = set(report.parts) == set(self.parts)
+            some = "" if is_whole else "".join(f"-{name}" for name in report.parts)
+            kept = checkout.RESULTS / f"{self.name}{some}-{line['commit']}.json"
+            kept.write_text(json.dumps(line, indent=1) + "\n")
+        draw(kept.with_suffix(".png"))
+        print(json.dumps(line))
+
+
+def open_folder() -> tuple[Path, ModelFolder]:
+    """Where a benchmark keeps its files, and the models there."""
+    folder = Path(os.environ.get("MOE_BENCH_DIR", FOLDER))
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    limit_bytes = round(float(os.environ.get("MOE_BENCH_MAX_GB", MAX_GB)) * 1e9)
+    return folder, ModelFolder(folder / "models", limit_bytes, lambda: Path(sys.executable))
