@@ -69,6 +69,7 @@ setup(
         "mistral-common[sentencepiece]>=1.8",
         "msgspec>=0.19",
         "numpy>=2.0",
+        "packaging>=24.0",
         "prometheus-client>=0.20",
         "protobuf>=6.31",
         "pydantic>=2.10",

@@ -34,6 +34,7 @@ from moe_server.messages import (
     Vocabulary,
 )
 from moe_server.pulse import Pulse
+from moe_server.warmup.stages import LIBRARIES
 from moe_server.weights import Weights, lasting_memory
 
 HEARTBEAT_MS = 500
@@ -107,7 +108,7 @@ def _serve(
     started = time.monotonic()
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
-    outbox.progress(Progress("libraries", 0, 0, 0, 0))
+    outbox.progress(Progress(LIBRARIES))
     if config.device == "cuda":
         _check_cuda()
     # The disk works while libraries are imported; a lower interval lets its threads have the GIL.

@@ -224,10 +224,8 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     """How far loading has come."""
 
     stage: str
-    stage_index: int
-    stage_count: int
-    bytes_done: int
-    bytes_total: int
+    bytes_done: int = 0
+    bytes_total: int = 0
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

@@ -153,7 +153,7 @@ class _Told:
     def _gets_on(self) -> bool:
         """Whether any model serves or may yet."""
         return self._is_watched_over() and any(
-            running.supervisor.phase is not ServerState.FAILED for running in self._models
+            startup.state is not ServerState.FAILED for startup in self._models.startups
         )
 
     def _is_watched_over(self) -> bool:
@@ -165,14 +165,14 @@ def status_of(models: Registry) -> str:
     state = models.feed.current
     if state is ServerState.FAILED:
         return f"failed: {models.reason}"
-    running = models.least_ready
-    name = f"{running.name} " if len(list(models)) > 1 else ""
+    startup = models.least_ready
+    name = f"{startup.name} " if len(models.startups) > 1 else ""
     if state in (ServerState.READY, ServerState.DRAINING):
         open_requests = sum(one.supervisor.num_open_requests for one in models)
         return state.value if state is ServerState.READY else f"draining: {open_requests} requests"
-    stage = running.stages.running
+    stage = startup.stages.running
     if stage is None:
-        return f"{name}{state.value}: {running.supervisor.progress.stage}"
+        return f"{name}{state.value}: {startup.stages.doing}"
     told = [f"{name}{state.value}: {stage.name}"]
     if stage.bytes_total:
         told.append(f"{100 * stage.bytes_done // stage.bytes_total} %")

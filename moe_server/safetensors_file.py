@@ -92,13 +92,14 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
         raise MoeServerError(
             f"{file} is missing.",
             "Complete the download; every file that the index names must be there.",
-            reason=Reason.NOT_FOUND,
+            reason=Reason.UNAVAILABLE,
             field="model",
         ) from None
     except OSError as error:
         raise MoeServerError(
             f"Cannot read {file}: {error.strerror}.",
             "Check the file and its permissions.",
+            reason=Reason.UNAVAILABLE,
             field="model",
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -123,5 +124,6 @@ def _truncated(file: Path, claim: str, file_bytes: int) -> MoeServerError:
     return MoeServerError(
         f"{file} is truncated: {claim}, but the file has {file_bytes} bytes.",
         "Copy the file again.",
+        reason=Reason.UNAVAILABLE,
         field="model",
     )

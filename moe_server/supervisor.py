@@ -35,8 +35,8 @@ from moe_server.messages import (
 )
 from moe_server.open_requests import OpenRequest, OpenRequests
 from moe_server.patience import Patience
-from moe_server.state import ServerState, StateFeed
-from moe_server.warmup.stages import StageLog
+from moe_server.startup import Startup
+from moe_server.state import ServerState
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class Supervisor:
             socket and the descriptors of memory and pulse are appended.
         patience: How long to wait for what.
         introduction: Messages for each engine after its configuration.
-        stages: Where the stages of loading are noted; of its own if None.
+        startup: Where states and stages are told.
     """
 
     def __init__(
@@ -76,10 +76,11 @@ class Supervisor:
         prove: Callable[[], Awaitable[None]],
         command: Sequence[str],
         patience: Patience,
+        startup: Startup,
         introduction: Sequence[ToEngine] = (),
-        stages: StageLog | None = None,
     ) -> None:
-        self._stages = StageLog() if stages is None else stages
+        self.startup = startup
+        self._stages = startup.stages
         self._introduction = introduction
         self._config = config
         self._prove = prove
@@ -96,16 +97,10 @@ class Supervisor:
         self._draining = False
         self._is_ending = False
         self._task: asyncio.Task[None] | None = None
-        self._started_at = time.monotonic()
-        self._first_ready_at: float | None = None
         self._is_busy = False
         """Since a request was sent, until the engine says that it has none: the step that it runs
         for one that has left goes on."""
         self._life_ready_at: float | None = None
-        self.feed = StateFeed()
-        self.reason = ""
-        """FAILED: what happened and what to do. Otherwise empty."""
-        self.progress = Progress("starting the engine process", 0, 0, 0, 0)
         self.load = EngineLoad()
         self.num_restarts = 0
         self.tried = asyncio.Event()
@@ -113,7 +108,7 @@ class Supervisor:
 
     @property
     def state(self) -> ServerState:
-        return self.feed.current
+        return self.startup.state
 
     @property
     def phase(self) -> ServerState:
@@ -134,19 +129,12 @@ class Supervisor:
     def engine_pid(self) -> int | None:
         return self._link.pid if self._link else None
 
-    @property
-    def startup_s(self) -> float:
-        """Since the start; stands still once READY was reached."""
-        return (self._first_ready_at or time.monotonic()) - self._started_at
-
-    @property
-    def uptime_s(self) -> float:
-        return time.monotonic() - self._started_at
-
-    def start(self) -> None:
-        """Spawns the engine, and respawns it until `stop`."""
+    def start(self, *, draining: bool = False) -> None:
+        """Spawns the engine, and respawns it until `stop`; DRAINING if that was asked for."""
+        self._draining = draining
         # Without a name: it goes when the last process that holds it ends, however that ends.
         self._memory = os.memfd_create("moe-server-experts")
+        self._stages.doing = "starting the engine process"
         self._task = asyncio.create_task(self._run_lives(self._memory), name="supervisor")
 
     async def stop(self, *, at_once: bool = False) -> None:
@@ -179,7 +167,7 @@ class Supervisor:
         if not is_open:
             raise MoeServerError(
                 f"Model {self._config.served_name!r} is {self.state.value}."
-                f"{' ' + self.reason if self.reason else ''}",
+                f"{' ' + self.startup.reason if self.startup.reason else ''}",
                 "" if self.state is ServerState.FAILED else "Try again when it is ready.",
                 reason=Reason.UNAVAILABLE,
             )
@@ -240,7 +228,7 @@ class Supervisor:
 
     def _publish(self) -> None:
         hides_phase = self._draining and self._phase is not ServerState.FAILED
-        self.feed.publish(ServerState.DRAINING if hides_phase else self._phase)
+        self.startup.feed.publish(ServerState.DRAINING if hides_phase else self._phase)
 
     async def _run_lives(self, memory: int) -> None:
         backoff_s = self._patience.first_backoff_s
@@ -260,13 +248,12 @@ class Supervisor:
             self._stages.fail(loss.message)
             log.error("engine lost", message=loss.message, remedy=loss.remedy, retry=loss.retry)
             if not loss.retry:
-                self.reason = f"{loss.message} {loss.remedy}".strip()
+                self.startup.reason = f"{loss.message} {loss.remedy}".strip()
                 self._enter(ServerState.FAILED)
                 return
             if self._was_steady():
                 backoff_s = self._patience.first_backoff_s
-            stage = f"restarting the engine in {backoff_s:g} s: {loss.message}"
-            self.progress = Progress(stage, 0, 0, 0, 0)
+            self._stages.doing = f"restarting the engine in {backoff_s:g} s: {loss.message}"
             self._enter(ServerState.STARTING)
             await asyncio.sleep(backoff_s)
             self.num_restarts += 1
@@ -361,9 +348,8 @@ class Supervisor:
     def _note_progress(self, progress: Progress) -> None:
         if self._loaded.is_set():
             return
-        if progress.stage_index != self.progress.stage_index:
+        if progress.stage != self._stages.doing:
             log.info("loading", stage=progress.stage, bytes_total=progress.bytes_total)
-        self.progress = progress
         self._stages.enter(progress.stage, progress.bytes_done, progress.bytes_total)
         self._enter(ServerState.LOADING)
 
@@ -416,7 +402,7 @@ class Supervisor:
         except MoeServerError as error:
             return Loss(error.message, error.remedy, retry=error.reason is Reason.UNAVAILABLE)
         self._life_ready_at = time.monotonic()
-        self._first_ready_at = self._first_ready_at or self._life_ready_at
+        self._stages.note_ready()
         self._enter(ServerState.READY)
         await asyncio.Event().wait()  # Until the life ends otherwise.
         raise AssertionError("nobody sets this event")

@@ -58,7 +58,7 @@ class FakeEngine:
     def start(self) -> bool:
         config = json.loads(self.socket.recv())
         assert "model" in config
-        self.send(Progress("weights", 1, 2, 0, 100))
+        self.send(Progress("weights", 0, 100))
         if self.options.fatal:
             self.send(
                 Fatal(Reason.EXHAUSTED, "No memory.", "Buy some.", self.options.fatal == "retry")
@@ -67,7 +67,7 @@ class FakeEngine:
         if self.options.gate:
             # A named pipe: opening it waits until the test opens its other end.
             Path(self.options.gate).read_bytes()
-        self.send(Progress("experts", 2, 2, 100, 100))
+        self.send(Progress("experts", 100, 100))
         self.send(Loaded(0.0, 0, outlasts_engine=False))
         return True
 

@@ -28,6 +28,7 @@ from moe_server.proto.moe_server.v1 import (
 from moe_server.service.running_model import ModelSetup
 from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
+from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.supervisor import Supervisor
 from moe_server.tokenizer import SpecialTokens, Tokenizer
@@ -97,11 +98,11 @@ class ShortServer(Server):
 
     @property
     def supervisor(self) -> Supervisor:
-        return self.models.first.supervisor
+        return self.models.find("").supervisor
 
     @property
     def warm_up(self) -> WarmUp:
-        return self.models.first.warm_up
+        return self.models.find("").warm_up
 
 
 @dataclass
@@ -156,8 +157,10 @@ async def front_door(
     """A server of one model, and of those `beside` it."""
     config = config or make_config()
     first = setup(*engine_flags, config=config, model=model, patience=patience, command=command)
-    server = ShortServer(config, [first, *beside])
+    setups = [first, *beside]
+    server = ShortServer(config, [Startup(setup.model.name) for setup in setups])
     await server.open()
+    server.models.start(setups)
     try:
         async with grpc.aio.insecure_channel(server.address) as channel:
             door = FrontDoor(server, channel)

@@ -217,7 +217,7 @@ def test_a_missing_shard(sharded):
     shard = min(sharded.glob("*.safetensors"))
     shard.unlink()
     error = refusal(sharded, shard)
-    assert error.reason is Reason.NOT_FOUND
+    assert error.reason is Reason.UNAVAILABLE
     assert "download" in error.remedy
 
 

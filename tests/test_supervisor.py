@@ -18,6 +18,7 @@ from moe_server.engine_link import EngineLink
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import Submit
 from moe_server.patience import longest_step_s
+from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from tests.front_door import FAKE_ENGINE, PATIENCE, WAIT_S, eventually, make_config
@@ -29,7 +30,11 @@ async def supervised(*flags, prove=None, command=None, patience=PATIENCE):
         pass
 
     supervisor = Supervisor(
-        make_config(), prove or ready_at_once, command or (*FAKE_ENGINE, *flags), patience
+        make_config(),
+        prove or ready_at_once,
+        command or (*FAKE_ENGINE, *flags),
+        patience,
+        Startup("demo"),
     )
     supervisor.start()
     try:
@@ -39,7 +44,7 @@ async def supervised(*flags, prove=None, command=None, patience=PATIENCE):
 
 
 async def reach(supervisor: Supervisor, *states: ServerState) -> ServerState:
-    return await asyncio.wait_for(supervisor.feed.wait_for(*states), WAIT_S)
+    return await asyncio.wait_for(supervisor.startup.feed.wait_for(*states), WAIT_S)
 
 
 async def exhaust(batches) -> None:
@@ -58,10 +63,10 @@ async def test_states_in_order_and_a_request(tmp_path):
     os.mkfifo(gate)
     proving = asyncio.Event()
     async with supervised("--gate", str(gate), prove=proving.wait) as supervisor:
-        with supervisor.feed.watch() as watcher:
+        with supervisor.startup.feed.watch() as watcher:
             assert await watcher.next() is ServerState.STARTING
             assert await watcher.next() is ServerState.LOADING
-            assert supervisor.progress.stage == "weights"
+            assert supervisor.startup.stages.doing == "weights"
             await asyncio.to_thread(gate.write_bytes, b"go")
             assert await watcher.next() is ServerState.WARMING
             with pytest.raises(MoeServerError, match="warming") as caught, supervisor.admit():
@@ -73,8 +78,8 @@ async def test_states_in_order_and_a_request(tmp_path):
             assert await watcher.next() is ServerState.READY
         assert await tokens(supervisor, [5], 3) == [6, 7, 8]
         assert supervisor.num_open_requests == 0
-        startup_s = supervisor.startup_s
-        assert supervisor.startup_s == startup_s
+        startup_s = supervisor.startup.stages.elapsed_s
+        assert supervisor.startup.stages.elapsed_s == startup_s
 
 
 async def test_nothing_is_left_behind():
@@ -112,7 +117,7 @@ async def test_a_crashed_or_hung_engine_is_replaced(how):
     async with supervised("--step-s", "0.01", patience=patience) as supervisor:
         await reach(supervisor, ServerState.READY)
         pid = supervisor.engine_pid
-        with supervisor.feed.watch() as watcher, supervisor.admit() as request:
+        with supervisor.startup.feed.watch() as watcher, supervisor.admit() as request:
             assert await watcher.next() is ServerState.READY
             supervisor.submit(request, Submit(request.request_id, [1], 10_000, []))
             batches = aiter(request)
@@ -254,7 +259,7 @@ async def test_a_crash_in_the_middle_of_a_request(tmp_path):
 async def test_a_final_fatal_is_failed_with_the_remedy():
     async with supervised("--fatal", "final") as supervisor:
         await reach(supervisor, ServerState.FAILED)
-        assert supervisor.reason == "No memory. Buy some."
+        assert supervisor.startup.reason == "No memory. Buy some."
         assert supervisor.num_restarts == 0
         with pytest.raises(MoeServerError, match=r"failed\. No memory\.") as caught:
             await tokens(supervisor, [1], 1)
@@ -265,15 +270,15 @@ async def test_a_passing_fatal_is_retried_with_growing_backoff():
     async with supervised("--fatal", "retry") as supervisor:
         for backoff_s in ("0.02", "0.04", "0.08", "0.1"):
             stage = f"restarting the engine in {backoff_s} s: No memory."
-            await eventually(lambda stage=stage: supervisor.progress.stage == stage)
+            await eventually(lambda stage=stage: supervisor.startup.stages.doing == stage)
         await eventually(lambda: supervisor.num_restarts >= 4)
-        assert supervisor.reason == ""
+        assert supervisor.startup.reason == ""
 
 
 async def test_an_engine_that_cannot_be_spawned_is_retried_and_said():
     async with supervised(command=("/no/such/engine",)) as supervisor:
         await eventually(lambda: supervisor.num_restarts >= 2)
-        assert "/no/such/engine" in supervisor.progress.stage
+        assert "/no/such/engine" in supervisor.startup.stages.doing
 
 
 async def test_a_failed_proof_is_failed_and_never_ready():
@@ -281,12 +286,12 @@ async def test_a_failed_proof_is_failed_and_never_ready():
         raise MoeServerError("Too slow.", "Buy a faster one.")
 
     async with supervised(prove=refuse) as supervisor:
-        with supervisor.feed.watch() as watcher:
+        with supervisor.startup.feed.watch() as watcher:
             states = []
             while ServerState.FAILED not in states:
                 states.append(await asyncio.wait_for(watcher.next(), WAIT_S))
         assert ServerState.READY not in states
-        assert supervisor.reason == "Too slow. Buy a faster one."
+        assert supervisor.startup.reason == "Too slow. Buy a faster one."
         assert supervisor.engine_pid is None
 
 

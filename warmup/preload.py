@@ -15,8 +15,7 @@ from moe_server.engine import Engine
 from moe_server.messages import Progress
 from moe_server.offload.calibration import Calibration
 from moe_server.offload.layout import ExpertId
-
-STAGES = ("dense weights", "experts in memory", "every expert")
+from moe_server.warmup.stages import DENSE, EVERY_EXPERT, IN_MEMORY
 
 
 class Report(Protocol):
@@ -38,20 +37,20 @@ def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Repor
     checkpoint = engine.model.checkpoint
     experts_total = plan.num_experts_total * plan.expert_bytes
 
-    def progress(stage: int, total: int) -> Callable[[int], None]:
+    def progress(stage: str, total: int) -> Callable[[int], None]:
         def said(done: int) -> None:
-            report(Progress(STAGES[stage], stage + 1, len(STAGES), done, total))
+            report(Progress(stage, done, total))
 
         said(0)
         return said
 
-    dense_read = progress(0, checkpoint.dense_bytes)
+    dense_read = progress(DENSE, checkpoint.dense_bytes)
     engine.model.load_dense(dense_read)
     engine.weights.read_embedding(lambda done: dense_read(plan.dense_bytes + done))
     if config.dense_backend == "zero3":
         engine.model.use_zero3(config.zero3_config)
-    engine.cache.wait_filled(progress(1, engine.cache.coming_bytes))
-    touched = progress(2, experts_total)
+    engine.cache.wait_filled(progress(IN_MEMORY, engine.cache.coming_bytes))
+    touched = progress(EVERY_EXPERT, experts_total)
     was_proven = engine.weights.reuse_read_settings()
     calibration = None if was_proven else Calibration(engine.weights.reader)
     for layer in range(checkpoint.num_layers):

@@ -22,12 +22,9 @@ import structlog
 from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import generation_pb2, generation_pb2_grpc
-from moe_server.warmup.stages import StageLog
+from moe_server.warmup.stages import BATCH, PROOF, StageLog
 
 log = structlog.get_logger(__name__)
-
-BATCH, PROOF = "warm-up batch", "proof"
-"""The stages of a warm-up."""
 
 PROBE_TIMEOUT_S = 1800.0
 """A first request may read a whole model from a slow disk; longer than this is not serving."""
@@ -150,8 +147,6 @@ class WarmUp:
         self._target = target
         self._batch = batch
         self._metadata = metadata
-        self.stage = ""
-        """What it is doing, for people."""
         self.probes: list[Probe] = []
         """Every probe of this life, in order; READY rests on the last ones."""
         self._was_proven = False
@@ -184,7 +179,7 @@ class WarmUp:
                     failure = str(error)
                 if not failure:
                     self._stages.finish()
-                    self.stage = f"proven in round {attempt}"
+                    self._stages.doing = f"proven in round {attempt}"
                     self._was_proven = True
                     return
                 self._stages.fail(failure)
@@ -199,12 +194,12 @@ class WarmUp:
         """What the round's first bad probe missed; empty where all were good."""
         if attempt == 1:
             self._stages.enter(BATCH)
-            self.stage = f"warm-up batch of {self._batch}"
+            self._stages.doing = f"warm-up batch of {self._batch}"
             await asyncio.gather(*(self._send(channel) for _ in range(self._batch)))
         num_probes = self._config.probes if attempt else 1
         self._stages.enter(PROOF)
         for index in range(1, num_probes + 1):
-            self.stage = f"round {attempt}: probe {index} of {num_probes}"
+            self._stages.doing = f"round {attempt}: probe {index} of {num_probes}"
             probe = await self._send(channel)
             self.probes.append(probe)
             log.info("probe", attempt=attempt, index=index, ttft_ms=round(1000 * probe.ttft_s, 2))

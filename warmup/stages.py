@@ -7,9 +7,20 @@ is the same stage with one attempt more; what it failed of is told until it is d
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+
+PREFLIGHT = "preflight"
+LIBRARIES = "libraries"
+DENSE = "dense weights"
+IN_MEMORY = "experts in memory"
+EVERY_EXPERT = "every expert"
+BATCH = "warm-up batch"
+PROOF = "proof"
+
+STAGES = (PREFLIGHT, LIBRARIES, DENSE, IN_MEMORY, EVERY_EXPERT, BATCH, PROOF)
+"""All of a start, in order."""
 
 RATE_WINDOW_S = 5.0
 """A rate is over what came in so long: a disk's speed changes within minutes."""
@@ -36,6 +47,8 @@ class Stage:
     ended: float | None = None
     bytes_done: int = 0
     bytes_total: int = 0
+    warnings: tuple[str, ...] = ()
+    """What it found that works less well than it could, each with the remedy."""
     failure: str = ""
     """Why the last attempt that failed did; empty once the stage is done."""
     seen: deque[tuple[float, int]] = field(default_factory=deque)
@@ -65,6 +78,10 @@ class StageLog:
         self._clock = clock
         self._stages: dict[str, Stage] = {}
         self._running: Stage | None = None
+        self._began = clock()
+        self._first_ready: float | None = None
+        self.doing = "starting"
+        """For people: the stage's name, or more closely what is done or waited for."""
 
     @property
     def stages(self) -> list[Stage]:
@@ -76,9 +93,20 @@ class StageLog:
         return self._running
 
     @property
+    def elapsed_s(self) -> float:
+        """Since this log was made; stands still once the model was READY."""
+        return (self._clock() if self._first_ready is None else self._first_ready) - self._began
+
+    @property
+    def position(self) -> int:
+        """Which of STAGES is in progress, from 1; 0: none of them."""
+        stage = self._running  # once: metrics are read on another thread
+        return STAGES.index(stage.name) + 1 if stage and stage.name in STAGES else 0
+
+    @property
     def bytes_per_s(self) -> float:
         """What the stage in progress reads of late; 0 where nothing comes."""
-        stage = self._running  # once: metrics are read on another thread
+        stage = self._running
         return stage.bytes_per_s() if stage else 0.0
 
     @property
@@ -93,6 +121,7 @@ class StageLog:
 
     def enter(self, name: str, bytes_done: int = 0, bytes_total: int = 0) -> None:
         """A stage has begun, or come further; the one before it is done."""
+        self.doing = name
         now = self._clock()
         stage = self._running
         if stage is None or stage.name != name:
@@ -107,12 +136,21 @@ class StageLog:
         while now - stage.seen[0][0] > RATE_WINDOW_S:
             stage.seen.popleft()
 
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Notes what the stage in progress has found."""
+        if self._running is not None:
+            self._running.warnings = tuple(warnings)
+
     def finish(self) -> None:
         """The stage in progress, if there is one, is done."""
         if self._running is not None:
             self._running.state, self._running.failure = StageState.DONE, ""
             self._running.ended = self._clock()
             self._running = None
+
+    def note_ready(self) -> None:
+        """The model is READY."""
+        self._first_ready = self._clock() if self._first_ready is None else self._first_ready
 
     def fail(self, why: str) -> None:
         """The stage in progress, if there is one, has failed."""

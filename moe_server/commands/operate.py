@@ -75,6 +75,11 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
     return rows
 
 
+def _stage_rows(stage: pb.Stage) -> list[tuple[str, str]]:
+    rows = [(f"  {stage.name}", _stage(stage))]
+    return rows + [("    warning", warning) for warning in stage.warnings]
+
+
 def _stage(stage: pb.Stage) -> str:
     told = [format_seconds(stage.elapsed.ToNanoseconds() / 1e9)]
     if stage.bytes_total:
@@ -95,7 +100,7 @@ def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
     return [
         ("model", f"{model.name}  {state_name(model.state)}"),
         ("startup", model.startup.stage),
-        *((f"  {stage.name}", _stage(stage)) for stage in model.startup.stages),
+        *(row for stage in model.startup.stages for row in _stage_rows(stage)),
         ("engine restarts", str(model.engine_restarts)),
         ("requests", f"{load.running_requests} running, {load.waiting_requests} waiting"),
         ("KV blocks", f"{load.kv_blocks_used} of {load.kv_blocks_total}"),

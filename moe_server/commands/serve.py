@@ -7,16 +7,20 @@ from collections.abc import Sequence
 import click
 import structlog
 
+from moe_server import preflight
 from moe_server.chat.chat import load_chat
 from moe_server.commands.config_flags import with_config
 from moe_server.config import Config
+from moe_server.errors import MoeServerError, Reason
 from moe_server.notify import notifying
 from moe_server.patience import Patience, longest_step_s
-from moe_server.planned_models import PlannedModel, check_room, plan_models
+from moe_server.planned_models import PlannedModel
 from moe_server.service.running_model import ModelSetup
 from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
+from moe_server.startup import Startup
 from moe_server.tokenizer import load_tokenizer
+from moe_server.warmup.stages import PREFLIGHT
 
 log = structlog.get_logger(__name__)
 
@@ -30,19 +34,37 @@ def serve(config: Config) -> None:
     """Serve a checkpoint over gRPC, and those of `models` in the configuration beside it.
 
     The port opens at once; requests are taken when the warm-up has proven that the server keeps its
-    limits. SIGTERM or Ctrl-C lets accepted requests finish for service.shutdown_grace_s and exits
-    with 0; a second one cuts them off and exits with 130.
+    limits. A checkpoint whose files are incomplete is waited for. SIGTERM or Ctrl-C lets accepted
+    requests finish for service.shutdown_grace_s and exits with 0; a second one cuts them off and
+    exits with 130.
     """
-    planned = plan_models(config)
-    check_room(planned)
-    setups = [_setup(model) for model in planned]
-    for model in planned:
+    startups = [Startup(model.served_name) for model in config.all_models]
+    lacking = None
+    try:
+        setups = _prepare(config, startups)
+    except MoeServerError as error:
+        if error.reason is not Reason.UNAVAILABLE:
+            raise
+        setups, lacking = [], error
+    is_cut_off = asyncio.run(_run(config, startups, setups, lacking))
+    if is_cut_off:
+        raise KeyboardInterrupt
+
+
+def _prepare(config: Config, startups: Sequence[Startup]) -> list[ModelSetup]:
+    """The preflight; raises as `preflight.check` does."""
+    for startup in startups:
+        startup.stages.enter(PREFLIGHT)
+    planned = preflight.check(config)
+    for model, startup in zip(planned, startups, strict=True):
         names = {"model": model.name} if len(planned) > 1 else {}
         for what, amount in model.plan.table():
             log.info("plan", what=what.strip(), amount=amount, **names)
-    is_cut_off = asyncio.run(_run(config, setups))
-    if is_cut_off:
-        raise KeyboardInterrupt
+        warnings = list(preflight.warnings(model))
+        startup.stages.warn(warnings)
+        for warning in warnings:
+            log.warning("preflight", found=warning, **names)
+    return [_setup(model) for model in planned]
 
 
 def _setup(planned: PlannedModel) -> ModelSetup:
@@ -56,17 +78,41 @@ def _setup(planned: PlannedModel) -> ModelSetup:
     )
 
 
-async def _run(config: Config, setups: Sequence[ModelSetup]) -> bool:
-    """Serves until a signal; returns whether a second one came."""
+async def _run(
+    config: Config,
+    startups: Sequence[Startup],
+    setups: Sequence[ModelSetup],
+    lacking: MoeServerError | None,
+) -> bool:
+    """Serves until a signal; returns whether a second one came.
+
+    Raises:
+        MoeServerError: The port is taken, or what was waited for cannot be served.
+    """
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, signals.put_nowait, number)
     # After the handlers: a cancellation by Ctrl-C would leave gRPC's listeners half made.
-    server = Server(config, setups)
+    server = Server(config, startups)
     await server.open()
+
+    async def start() -> None:
+        found = setups
+        if lacking is not None:
+            found = await preflight.wait(lambda: _prepare(config, startups), startups, lacking)
+        server.models.start(found)
+
+    starting = asyncio.create_task(start(), name="start")
+    signalled = asyncio.create_task(signals.get(), name="signals")
     async with notifying(server.models, config.service.shutdown_grace_s):
-        received = signal.Signals(await signals.get())
+        await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done() and (failure := starting.exception()) is not None:
+            await server.shut_down(0)
+            raise failure
+        received = signal.Signals(await signalled)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
     log.info("shutting down", signal=received.name, grace_s=config.service.shutdown_grace_s)
     in_order = asyncio.create_task(server.shut_down(config.service.shutdown_grace_s))
     second = asyncio.create_task(signals.get())

@@ -6,6 +6,7 @@ callers loopback peers: give it the main listener only after blocking these meth
 """
 
 import asyncio
+from collections.abc import Sequence
 
 import msgspec
 import structlog
@@ -18,9 +19,10 @@ from moe_server.service.generation import to_duration
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
 from moe_server.service.running_model import RunningModel
+from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.warmup.probe import Probe
-from moe_server.warmup.stages import Stage, StageLog, StageState
+from moe_server.warmup.stages import STAGES, Stage, StageLog, StageState
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +70,10 @@ class AdminService:
         self, _request: pb.GetServerStatusRequest, _context: Context
     ) -> pb.GetServerStatusResponse:
         """Everything an operator asks first."""
-        models = [_model_status(running) for running in self._registry]
+        running = {one.name: one for one in self._registry}
+        models = [
+            _model_status(startup, running.get(startup.name)) for startup in self._registry.startups
+        ]
         first = models[0]
         return pb.GetServerStatusResponse(
             state=STATES[self._registry.feed.current],
@@ -80,7 +85,7 @@ class AdminService:
             experts=first.experts,
             offload=first.offload,
             load=first.load,
-            uptime=to_duration(self._registry.first.supervisor.uptime_s),
+            uptime=to_duration(self._registry.uptime_s),
             engine_restarts=first.engine_restarts,
             models=models,
         )
@@ -89,7 +94,7 @@ class AdminService:
         self, request: pb.WatchStartupRequest, context: Context
     ) -> None:
         """A start from now to its end, a message for each change."""
-        named = self._registry.find(request.model)
+        named = self._registry.find_startup(request.model)
         if self._num_watchers >= MAX_WATCHERS:
             raise MoeServerError(
                 f"{MAX_WATCHERS} clients watch already.",
@@ -100,18 +105,18 @@ class AdminService:
         try:
             last = None
             while True:
-                running = named if request.model else self._registry.least_ready
+                startup = named if request.model else self._registry.least_ready
                 told = pb.WatchStartupResponse(
-                    model=running.name,
-                    state=STATES[running.supervisor.state],
-                    reason=running.supervisor.reason,
-                    startup=_startup(running),
+                    model=startup.name,
+                    state=STATES[startup.state],
+                    reason=startup.reason,
+                    startup=_startup(startup, self._probes(startup.name)),
                 )
                 news = _without_clocks(told)
                 if news != last:
                     await context.write(told)
                 last = news
-                if running.supervisor.state in SETTLED:
+                if startup.state in SETTLED:
                     return
                 await asyncio.sleep(LOOK_S)
         finally:
@@ -139,6 +144,10 @@ class AdminService:
         self._registry.undrain()
         return pb.UndrainResponse()
 
+    def _probes(self, name: str) -> Sequence[Probe]:
+        running = next((one for one in self._registry if one.name == name), None)
+        return running.warm_up.probes if running else ()
+
     def _refuse_strangers(self, context: Context) -> None:
         peer: str = context.peer()
         if not self._trusts_all_peers and not peer.startswith(LOOPBACK_PEERS):
@@ -148,47 +157,53 @@ class AdminService:
             )
 
 
-def _model_status(running: RunningModel) -> pb.ModelStatus:
-    supervisor = running.supervisor
-    load = supervisor.load
-    return pb.ModelStatus(
-        name=running.name,
-        state=STATES[supervisor.state],
-        reason=supervisor.reason,
-        startup=_startup(running),
-        memory=_memory(running.model.memory),
-        experts=pb.ExpertCounters(**msgspec.structs.asdict(load.experts)),
-        offload=pb.Offload(**msgspec.structs.asdict(load.offload)),
-        load=pb.Load(
-            running_requests=load.running,
-            waiting_requests=load.waiting,
-            kv_blocks_used=load.blocks_used,
-            kv_blocks_total=load.blocks_total,
-            kv_blocks_kept=load.blocks_kept,
-            preemptions=load.preemptions,
-            prompt_tokens=load.prompt_tokens,
-            cached_tokens=load.cached_tokens,
-            hopeless_requests=load.hopeless,
-        ),
-        engine_restarts=supervisor.num_restarts,
+def _model_status(startup: Startup, running: RunningModel | None) -> pb.ModelStatus:
+    """Without a running model only how its start is."""
+    status = pb.ModelStatus(
+        name=startup.name,
+        state=STATES[startup.state],
+        reason=startup.reason,
+        startup=_startup(startup, running.warm_up.probes if running else ()),
     )
+    if running is None:
+        return status
+    load = running.supervisor.load
+    status.MergeFrom(
+        pb.ModelStatus(
+            memory=_memory(running.model.memory),
+            experts=pb.ExpertCounters(**msgspec.structs.asdict(load.experts)),
+            offload=pb.Offload(**msgspec.structs.asdict(load.offload)),
+            load=pb.Load(
+                running_requests=load.running,
+                waiting_requests=load.waiting,
+                kv_blocks_used=load.blocks_used,
+                kv_blocks_total=load.blocks_total,
+                kv_blocks_kept=load.blocks_kept,
+                preemptions=load.preemptions,
+                prompt_tokens=load.prompt_tokens,
+                cached_tokens=load.cached_tokens,
+                hopeless_requests=load.hopeless,
+            ),
+            engine_restarts=running.supervisor.num_restarts,
+        )
+    )
+    return status
 
 
-def _startup(running: RunningModel) -> pb.Startup:
-    supervisor, warm_up = running.supervisor, running.warm_up
-    progress, eta_s = supervisor.progress, running.stages.eta_s
-    is_proving = supervisor.phase in (ServerState.WARMING, ServerState.READY)
+def _startup(startup: Startup, probes: Sequence[Probe]) -> pb.Startup:
+    log = startup.stages
+    stage, eta_s = log.running, log.eta_s
     return pb.Startup(
-        stage=warm_up.stage if is_proving else progress.stage,
-        stage_index=progress.stage_index,
-        stage_count=progress.stage_count,
-        bytes_done=progress.bytes_done,
-        bytes_total=progress.bytes_total,
-        elapsed=to_duration(supervisor.startup_s),
-        probes=[_probe(probe) for probe in warm_up.probes],
-        bytes_per_second=running.stages.bytes_per_s,
+        stage=log.doing,
+        stage_index=log.position,
+        stage_count=len(STAGES),
+        bytes_done=stage.bytes_done if stage else 0,
+        bytes_total=stage.bytes_total if stage else 0,
+        elapsed=to_duration(log.elapsed_s),
+        probes=[_probe(probe) for probe in probes],
+        bytes_per_second=log.bytes_per_s,
         eta=None if eta_s is None else to_duration(eta_s),
-        stages=[_stage(one, running.stages) for one in running.stages.stages],
+        stages=[_stage(one, log) for one in log.stages],
     )
 
 
@@ -212,6 +227,7 @@ def _stage(stage: Stage, log: StageLog) -> pb.Stage:
         bytes_done=stage.bytes_done,
         bytes_total=stage.bytes_total,
         failure=stage.failure,
+        warnings=stage.warnings,
     )
 
 

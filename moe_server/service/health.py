@@ -33,8 +33,8 @@ class HealthService:
     def __init__(self, registry: Registry) -> None:
         self._server = registry.feed
         self._feeds = {READINESS: registry.feed}
-        for running in registry:
-            self._feeds[f"{READINESS}/{running.name}"] = running.supervisor.feed
+        for startup in registry.startups:
+            self._feeds[f"{READINESS}/{startup.name}"] = startup.feed
 
     def methods(self) -> dict[str, Method]:
         """For `registration.add_service`."""

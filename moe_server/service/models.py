@@ -1,6 +1,6 @@
 """moe_server.v1.ModelService: what is served.
 
-Answers in every state: checkpoints are read before the port opens.
+Answers as soon as the checkpoints have been read, mostly before the port opens.
 """
 
 from moe_server.proto.moe_server.v1 import model_pb2 as pb
@@ -21,6 +21,7 @@ class ModelService:
         self, _request: pb.ListModelsRequest, _context: Context
     ) -> pb.ListModelsResponse:
         """All, the first one first."""
+        self._registry.refuse_unread()
         models = [_facts(running.model) for running in self._registry]
         return pb.ListModelsResponse(models=models)
 

@@ -16,9 +16,9 @@ from moe_server.constraints.trials import Trials
 from moe_server.patience import Patience
 from moe_server.service.prompts import Prompts
 from moe_server.service.served_model import ServedModel
+from moe_server.startup import Startup
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.probe import ProbeShape, WarmUp
-from moe_server.warmup.stages import StageLog
 
 MAX_TOKENISING = 2
 """Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
@@ -41,6 +41,7 @@ class RunningModel:
 
     Args:
         setup: What it is run with.
+        startup: Where its start is told.
         target: The server's own listener, where the warm-up sends its requests.
         probe_metadata: Lets them in before READY.
         prove: Called with this model when its engine has loaded; awaits the warm-up when its turn
@@ -51,6 +52,7 @@ class RunningModel:
     def __init__(
         self,
         setup: ModelSetup,
+        startup: Startup,
         target: str,
         probe_metadata: Sequence[tuple[str, str]],
         prove: "Callable[[RunningModel], Awaitable[None]]",
@@ -66,8 +68,7 @@ class RunningModel:
         self._context = contextvars.copy_context()
         if names_log_lines:
             self._context.run(bind_contextvars, model=model.name)
-        self.stages = StageLog()
-        """Of loading and of the warm-up."""
+        self.startup = startup
         self.warm_up = WarmUp(
             config.warmup,
             ProbeShape.fitting(
@@ -80,9 +81,11 @@ class RunningModel:
             target=target,
             batch=min(config.warmup.batch, config.scheduler.max_running),
             metadata=probe_metadata,
-            stages=self.stages,
+            stages=startup.stages,
         )
         self.prompts = Prompts(model, MAX_TOKENISING)
+        self.prompts_to_show = Prompts(model, at_once=1)
+        """Those that are only to be tokenised: they wait for one another, no request for them."""
         vocabulary = model.vocabulary
         self.trials = None if vocabulary is None else Trials(vocabulary)
         self.supervisor = Supervisor(
@@ -90,17 +93,18 @@ class RunningModel:
             lambda: prove(self),
             setup.engine_command,
             setup.patience,
+            startup,
             () if vocabulary is None else (vocabulary,),
-            self.stages,
         )
 
     @property
     def name(self) -> str:
         return self.model.name
 
-    def start(self) -> None:
+    def start(self, *, draining: bool) -> None:
         """Spawns the engine, and begins to load what the first conversation would wait for."""
-        self._context.run(self.supervisor.start)
+        self.startup.stages.finish()
+        self._context.run(lambda: self.supervisor.start(draining=draining))
         self.prompts.prepare()
 
     async def drain(self, wait_s: float, *, for_good: bool) -> int:

@@ -19,7 +19,7 @@ from moe_server.service import admin, generation, health, models, scoring, token
 from moe_server.service.metrics import Metrics
 from moe_server.service.registration import add_service, methods_of
 from moe_server.service.registry import Registry
-from moe_server.service.running_model import ModelSetup
+from moe_server.startup import Startup
 
 log = structlog.get_logger(__name__)
 
@@ -47,17 +47,17 @@ CHANNEL_OPTIONS = (
 
 
 class Server:
-    """One front door. `open` it, then `shut_down`.
+    """One front door. `open` it and start its `models`; then `shut_down`.
 
     Args:
         config: Resolved.
-        setups: What is served, in the order of the configuration.
+        startups: Of the models, in the order of the configuration.
 
     Raises:
         MoeServerError: An address cannot be listened at.
     """
 
-    def __init__(self, config: Config, setups: Sequence[ModelSetup]) -> None:
+    def __init__(self, config: Config, startups: Sequence[Startup]) -> None:
         self._listeners: list[grpc.aio.Server] = []
         options = (
             *CHANNEL_OPTIONS,
@@ -67,7 +67,7 @@ class Server:
         self.admin_address = ""
         probe_secret = secrets.token_hex(16)
         self.models = Registry(
-            setups, dialable(self.address), ((generation.PROBE_METADATA_KEY, probe_secret),)
+            startups, dialable(self.address), ((generation.PROBE_METADATA_KEY, probe_secret),)
         )
         self._metrics = Metrics(self.models)
         generation_service = generation.GenerationService(
@@ -110,7 +110,7 @@ class Server:
             self.metrics_address = self._metrics.listen(config.metrics_listen)
 
     async def open(self) -> None:
-        """Answers from here on; loading goes on behind."""
+        """Answers from here on."""
         for listener in self._listeners:
             await listener.start()
         log.info("listening", address=self.address)
@@ -118,7 +118,6 @@ class Server:
             log.info("listening for operators", address=self.admin_address)
         if self.metrics_address:
             log.info("listening for Prometheus", address=self.metrics_address)
-        self.models.start()
 
     async def shut_down(self, grace_s: float) -> None:
         """Refuses new requests, lets the accepted ones finish for `grace_s`, ends the engines."""

@@ -7,6 +7,7 @@ thread of the HTTP server: facts are replaced whole there, never changed.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -14,58 +15,67 @@ from prometheus_client.registry import Collector
 from moe_server import __version__
 from moe_server.service.registry import Registry
 from moe_server.service.running_model import RunningModel
+from moe_server.startup import Startup
 from moe_server.state import ServerState
+from moe_server.warmup.stages import STAGES
 
-Read = Callable[[RunningModel], float | None]
+
+class Named(Protocol):
+    """A model, or its start."""
+
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
+Read = Callable[[T], float | None]
 """None: there is nothing to tell now, and no sample."""
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Family(Generic[T]):
     """One metric: a sample for each model, or for each model and value of `label`."""
 
     kind: type[GaugeMetricFamily | CounterMetricFamily]
     name: str
     help: str
     label: str
-    reads: dict[str, Read]
+    reads: dict[str, Read[T]]
 
-    def collect(self, models: Sequence[RunningModel]) -> Metric:
+    def collect(self, models: Sequence[T]) -> Metric:
         """Its samples now."""
         labels = ["model", self.label] if self.label else ["model"]
         metric = self.kind(f"moe_server_{self.name}", self.help, labels=labels)
-        for running in models:
+        for model in models:
             for value, read in self.reads.items():
-                amount = read(running)
+                amount = read(model)
                 if amount is not None:
-                    metric.add_metric(
-                        [running.name, value] if self.label else [running.name], amount
-                    )
+                    metric.add_metric([model.name, value] if self.label else [model.name], amount)
         return metric
 
 
-def gauge(name: str, help_text: str, read: Read) -> Family:
+def gauge(name: str, help_text: str, read: Read[T]) -> Family[T]:
     """A number that goes up and down."""
     return Family(GaugeMetricFamily, name, help_text, "", {"": read})
 
 
-def gauges(name: str, help_text: str, label: str, reads: dict[str, Read]) -> Family:
+def gauges(name: str, help_text: str, label: str, reads: dict[str, Read[T]]) -> Family[T]:
     """One for each value of a label."""
     return Family(GaugeMetricFamily, name, help_text, label, reads)
 
 
-def counter(name: str, help_text: str, read: Read) -> Family:
+def counter(name: str, help_text: str, read: Read[T]) -> Family[T]:
     """A number that grows; its name gets `_total`."""
     return Family(CounterMetricFamily, name, help_text, "", {"": read})
 
 
-def counters(name: str, help_text: str, label: str, reads: dict[str, Read]) -> Family:
+def counters(name: str, help_text: str, label: str, reads: dict[str, Read[T]]) -> Family[T]:
     """One for each value of a label."""
     return Family(CounterMetricFamily, name, help_text, label, reads)
 
 
-def _is_in(state: ServerState) -> Read:
-    return lambda running: running.supervisor.state is state
+def _is_in(state: ServerState) -> Read[Startup]:
+    return lambda startup: startup.state is state
 
 
 def _last_probe_ttft(running: RunningModel) -> float | None:
@@ -78,7 +88,7 @@ def _last_probe_tpot(running: RunningModel) -> float | None:
     return probes[-1].tpot_s if probes else None
 
 
-FAMILIES = (
+OF_STARTS: tuple[Family[Startup], ...] = (
     gauges(
         "state",
         "1 for the state the model is in, 0 for all others.",
@@ -88,34 +98,38 @@ FAMILIES = (
     gauge(
         "startup_seconds",
         "From the process's start to the first READY, or until now.",
-        lambda m: m.supervisor.startup_s,
+        lambda s: s.stages.elapsed_s,
     ),
     gauge(
         "startup_stage",
-        "The stage of loading in progress, from 1; 0 before the first.",
-        lambda m: m.supervisor.progress.stage_index,
+        "The stage of the start in progress, from 1; 0: none.",
+        lambda s: s.stages.position,
     ),
-    gauge("startup_stages", "Stages of loading.", lambda m: m.supervisor.progress.stage_count),
+    gauge("startup_stages", "Stages of a start.", lambda _: len(STAGES)),
     gauge(
         "startup_done_bytes",
         "Bytes that the stage in progress has read.",
-        lambda m: m.supervisor.progress.bytes_done,
+        lambda s: stage.bytes_done if (stage := s.stages.running) else 0,
     ),
     gauge(
         "startup_size_bytes",
         "Bytes that the stage in progress reads in all.",
-        lambda m: m.supervisor.progress.bytes_total,
+        lambda s: stage.bytes_total if (stage := s.stages.running) else 0,
     ),
     gauge(
         "startup_bytes_per_second",
         "What the stage in progress reads, over the last seconds.",
-        lambda m: m.stages.bytes_per_s,
+        lambda s: s.stages.bytes_per_s,
     ),
     gauge(
         "startup_remaining_seconds",
         "Until the stage in progress has its bytes, at that rate; absent: unknown.",
-        lambda m: m.stages.eta_s,
+        lambda s: s.stages.eta_s,
     ),
+)
+"""Told from the first moment on."""
+
+OF_MODELS: tuple[Family[RunningModel], ...] = (
     gauge(
         "probe_time_to_first_token_seconds",
         "Of the warm-up's last probe, measured through gRPC.",
@@ -265,9 +279,10 @@ class StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Called at every scrape."""
-        models = list(self._registry)
         build = GaugeMetricFamily("moe_server_build_info", "1.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
-        for family in FAMILIES:
-            yield family.collect(models)
+        for of_start in OF_STARTS:
+            yield of_start.collect(self._registry.startups)
+        for of_model in OF_MODELS:
+            yield of_model.collect(list(self._registry))

@@ -2,7 +2,6 @@
 
 from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
-from moe_server.service.prompts import Prompts
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
 
@@ -18,14 +17,13 @@ class TokenizerService:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._prompts = {running.name: Prompts(running.model, at_once=1) for running in registry}
         self._num_open = 0
 
     async def Tokenize(  # noqa: N802  # named by the protocol
         self, request: pb.TokenizeRequest, _context: Context
     ) -> pb.TokenizeResponse:
         """A prompt's ids."""
-        prompts = self._prompts[self._registry.find(request.model).name]
+        prompts = self._registry.find(request.model).prompts_to_show
         if self._num_open >= MAX_AT_ONCE:
             raise MoeServerError(
                 f"{MAX_AT_ONCE} calls of Tokenize are open, which is the bound.",

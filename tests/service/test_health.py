@@ -88,7 +88,7 @@ async def test_a_watcher_that_lags_keeps_the_newest_change():
 @pytest.mark.parametrize("state", ServerState)
 async def test_only_ready_serves(state):
     async with front_door() as door:
-        door.server.supervisor.feed.publish(state)
+        door.server.supervisor.startup.feed.publish(state)
         stub = health_pb2_grpc.HealthStub(door.channel)
         for name in (GENERATION, f"{GENERATION}/demo"):
             serving = (await stub.Check(check(name))).status == STATUS.SERVING

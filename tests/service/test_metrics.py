@@ -13,7 +13,8 @@ from moe_server.config import load_config
 from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import generation_pb2
 from moe_server.service.server import Server
-from moe_server.service.status_metrics import FAMILIES
+from moe_server.service.status_metrics import OF_MODELS, OF_STARTS
+from moe_server.startup import Startup
 from moe_server.state import ServerState
 from tests.front_door import (
     eventually,
@@ -66,7 +67,7 @@ async def test_every_family_is_there_with_a_help_text_and_units_that_prometheus_
     )
     async with front_door(config=config) as door:
         seen = await scrape(door)
-    for family in FAMILIES:
+    for family in (*OF_STARTS, *OF_MODELS):
         # The parser has a counter without its `_total`, as the family has it.
         found = seen.families[f"moe_server_{family.name}"]
         assert found.documentation == family.help
@@ -86,7 +87,9 @@ async def test_states_and_probes_are_told():
         assert seen.value("probe_time_to_first_token_seconds") == pytest.approx(
             door.server.warm_up.probes[-1].ttft_s
         )
-        assert seen.value("startup_seconds") == pytest.approx(door.server.supervisor.startup_s)
+        assert seen.value("startup_seconds") == pytest.approx(
+            door.server.supervisor.startup.stages.elapsed_s
+        )
         assert seen.value("requests_waiting_limit") == 256
         assert seen.value("time_to_first_token_limit_seconds") is None, "no limit is configured"
         # The warm-up's own requests are no user's.
@@ -220,7 +223,7 @@ async def test_off_by_default_and_a_taken_port_is_an_error_with_a_remedy():
     async with front_door() as door:
         assert door.server.metrics_address == ""
         with pytest.raises(MoeServerError, match="for metrics") as caught:
-            Server(make_config(metrics_listen=door.server.address), [setup()])
+            Server(make_config(metrics_listen=door.server.address), [Startup("demo")])
         assert caught.value.field == "metrics_listen"
         assert caught.value.remedy
 

@@ -13,7 +13,8 @@ from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import model_pb2
 from moe_server.service.registration import Method, add_service
 from moe_server.service.server import Server, dialable
-from tests.front_door import failure, front_door, make_config, setup
+from moe_server.startup import Startup
+from tests.front_door import failure, front_door, make_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -55,11 +56,11 @@ async def test_a_request_that_is_too_large_is_refused():
 
 async def test_a_taken_port_is_an_error_with_a_remedy(door):
     with pytest.raises(MoeServerError, match=re.escape(door.server.address)) as caught:
-        Server(make_config(listen=door.server.address), [setup()])
+        Server(make_config(listen=door.server.address), [Startup("demo")])
     assert caught.value.field == "listen"
     assert caught.value.remedy
     with pytest.raises(MoeServerError) as caught:
-        Server(make_config(admin_listen=door.server.address), [setup()])
+        Server(make_config(admin_listen=door.server.address), [Startup("demo")])
     assert caught.value.field == "admin_listen"
 
 

@@ -57,7 +57,7 @@ def check(name: str) -> health_pb2.HealthCheckRequest:
 
 
 async def reach(door: FrontDoor, model: str, *states: ServerState) -> ServerState:
-    feed = door.server.models.find(model).supervisor.feed
+    feed = door.server.models.find(model).startup.feed
     return await asyncio.wait_for(feed.wait_for(*states), WAIT_S)
 
 
@@ -144,9 +144,10 @@ async def test_first_warm_ups_wait_until_every_model_has_loaded(tmp_path):
     until = ServerState.LOADING
     async with front_door("--gate", str(gate), beside=[light()], until=until) as door:
         await reach(door, "light", ServerState.WARMING)
-        await eventually(lambda: door.server.models.find("light").warm_up.stage != "")
+        waiting = "waiting for other models to load or warm up"
+        await eventually(lambda: door.server.models.find("light").startup.stages.doing == waiting)
         told = await state_of(door, "light")
-        assert told.startup.stage == "waiting for other models to load or warm up"
+        assert told.startup.stage == waiting
         assert not told.startup.probes
         await asyncio.to_thread(gate.write_bytes, b"go")
         await door.reach(ServerState.READY)

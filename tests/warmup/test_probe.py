@@ -17,7 +17,7 @@ def warmup(**limits) -> object:
 
 async def states_until(door, last: ServerState) -> list[ServerState]:
     states = []
-    with door.server.supervisor.feed.watch() as watcher:
+    with door.server.supervisor.startup.feed.watch() as watcher:
         while not states or states[-1] is not last:
             states.append(await asyncio.wait_for(watcher.next(), WAIT_S))
     return states
@@ -28,7 +28,7 @@ async def test_ready_rests_on_probes_through_grpc():
         probes = door.server.warm_up.probes
         assert [(probe.prompt_tokens, probe.completion_tokens) for probe in probes] == [(3, 3)] * 2
         assert all(probe.ttft_s > 0 and probe.tpot_s >= 0 for probe in probes)
-        assert door.server.warm_up.stage == "proven in round 1"
+        assert door.server.supervisor.startup.stages.doing == "proven in round 1"
         # 3 side by side, then 2 one after another.
         assert door.num_submits in (0, 5)
 
@@ -57,7 +57,7 @@ async def test_after_a_restart_a_missed_limit_calls_for_a_whole_round(monkeypatc
         os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
         await door.reach(ServerState.STARTING)
         await door.reach(ServerState.READY)
-        assert door.server.warm_up.stage == "proven in round 1"
+        assert door.server.supervisor.startup.stages.doing == "proven in round 1"
         assert len(door.server.warm_up.probes) == 1 + 2
 
 
@@ -68,7 +68,7 @@ async def test_after_a_restart_the_short_round_costs_no_attempt(monkeypatch):
         os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
         await door.reach(ServerState.STARTING)
         await door.reach(ServerState.READY)
-        assert door.server.warm_up.stage == "proven in round 1"
+        assert door.server.supervisor.startup.stages.doing == "proven in round 1"
 
 
 async def test_a_missed_limit_is_retried_then_failed_with_the_figures():
@@ -77,7 +77,7 @@ async def test_a_missed_limit_is_retried_then_failed_with_the_figures():
     async with front_door("--step-s", "0.02", config=config, until=until) as door:
         states = await states_until(door, ServerState.FAILED)
         assert ServerState.READY not in states
-        reason = door.server.supervisor.reason
+        reason = door.server.supervisor.startup.reason
         assert "failed 2 times" in reason
         assert "time to first token" in reason
         assert "over max_ttft_ms = 1" in reason
@@ -89,7 +89,7 @@ async def test_time_per_token_is_judged_too():
     until = ServerState.STARTING
     async with front_door("--step-s", "0.02", config=config, until=until) as door:
         await states_until(door, ServerState.FAILED)
-        assert "over max_tpot_ms = 1" in door.server.supervisor.reason
+        assert "over max_tpot_ms = 1" in door.server.supervisor.startup.reason
 
 
 async def test_an_engine_lost_while_warming_is_proven_anew(tmp_path):
