@@ -121,18 +121,30 @@ class WarmupConfig(Section):
     prompt_tokens: int = Field(16, ge=1)
     """Length of the prompts that the warm-up sends (cut to what the model's context allows). 16
     tokens meet nearly all of a layer's 8 experts; longer prompts prove more and take longer."""
-    new_tokens: int = Field(4, ge=2)
-    """Tokens generated for each of them."""
+    new_tokens: int = Field(2, ge=2)
+    """Tokens generated for each probe."""
     batch: int = Field(4, ge=1)
-    """Requests of the warm-up batch, sent side by side before the probes."""
+    """Requests of different shapes that are sent side by side before the probes: prompts from the
+    longest down, decoded in batches from all of them down to one."""
+    longest_prompt_tokens: int | None = Field(None, ge=1)
+    """Of these requests. Unset: prompt_tokens on a CPU, which computes all sizes alike; on a GPU
+    scheduler.max_batch_tokens."""
+    text: bool = True
+    """Beside them one with text (a conversation where the checkpoint has a chat template) and a
+    constraint, which loads what those need. Only where there is a tokenizer."""
     probes: int = Field(3, ge=1)
     """Requests sent alone, one after another; all of them must keep the limits."""
     max_ttft_ms: float | None = Field(None, gt=0)
-    """Longest time to first token a probe may take; unset: any."""
+    """Longest time to first token a probe may take. Unset: 4 times what the speeds measured at the
+    start say, and 1 s; inf: any."""
     max_tpot_ms: float | None = Field(None, gt=0)
-    """Longest time per output token a probe may take; unset: any."""
+    """Longest time per output token a probe may take. Unset: 4 times what the speeds measured at
+    the start say, and 250 ms; inf: any."""
     attempts: int = Field(5, ge=1)
-    """Rounds of probes before the server says FAILED."""
+    """Tries of each stage of the warm-up, with growing pauses, before it counts as failed."""
+    if_missed: Literal["fail", "serve"] = "fail"
+    """When no attempt kept the limits. fail: FAILED, and tried again until one does; serve: READY,
+    and told as degraded in status and metrics."""
 
 
 class ModelConfig(Section):

@@ -119,7 +119,7 @@ def _serve(
     pulse.give(lambda: weights.reader.counters.bytes)
     # Heavy imports, after the messages that tell the front door we live.
     from moe_server.engine import Engine  # noqa: PLC0415
-    from moe_server.warmup.preload import preload  # noqa: PLC0415
+    from moe_server.warmup.preload import preload, resident_expert_s  # noqa: PLC0415
 
     is_shutdown = False
     decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -141,8 +141,15 @@ def _serve(
 
     engine = Engine(config, plan, weights, drain_inbox)
     preload(engine, config, plan, outbox.progress)
-    seconds = time.monotonic() - started
-    outbox.send(Loaded(seconds, weights.num_kept, outlasts_engine=lasting is not None))
+    outbox.send(
+        Loaded(
+            time.monotonic() - started,
+            weights.num_kept,
+            outlasts_engine=lasting is not None,
+            expert_s=resident_expert_s(engine),
+            disk_bytes_per_s=engine.cache.tiers.cost.disk.bytes_per_s or 0.0,
+        )
+    )
     while True:
         drain_inbox(HEARTBEAT_MS if engine.idle else 0)
         if is_shutdown:

@@ -236,6 +236,10 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     """Experts that an earlier engine had left in memory."""
     outlasts_engine: bool
     """Whether experts will be found in memory by the engine that comes after this one."""
+    expert_s: float = 0.0
+    """Computing one expert that is on the device, with one row."""
+    disk_bytes_per_s: float = 0.0
+    """What loading has read at; 0: it has read nothing."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

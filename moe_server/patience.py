@@ -32,6 +32,8 @@ class Patience:
     steady_s: float = 60.0
     """A life that was READY for so long resets the backoff."""
     shutdown_s: float = 5.0
+    proof_again_s: float = 30.0
+    """Until a proof that failed is tried again."""
 
 
 def longest_step_s(config: ModelConfig, num_active_parameters: int) -> float:

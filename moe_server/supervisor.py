@@ -61,8 +61,8 @@ class Supervisor:
 
     Args:
         config: The model's; sent to the engine as its first message.
-        prove: Awaited after every successful load; READY follows when it returns. It raises
-            MoeServerError where the model must not become ready.
+        prove: Awaited after every successful load; READY follows when it returns. Where it raises
+            MoeServerError the model is FAILED until it does; UNAVAILABLE: the engine is restarted.
         command: The engine's command line (`ENGINE_COMMAND` but in tests); the address of its
             socket and the descriptors of memory and pulse are appended.
         patience: How long to wait for what.
@@ -73,7 +73,7 @@ class Supervisor:
     def __init__(
         self,
         config: ModelConfig,
-        prove: Callable[[], Awaitable[None]],
+        prove: Callable[[Loaded], Awaitable[None]],
         command: Sequence[str],
         patience: Patience,
         startup: Startup,
@@ -94,6 +94,7 @@ class Supervisor:
         """A file in memory where each engine finds the experts that the one before had read."""
         self._phase = ServerState.STARTING
         self._loaded = asyncio.Event()
+        self._measured: Loaded | None = None
         self._draining = False
         self._is_ending = False
         self._task: asyncio.Task[None] | None = None
@@ -161,9 +162,8 @@ class Supervisor:
         Raises:
             MoeServerError: UNAVAILABLE in any state but READY, EXHAUSTED where no place is free.
         """
-        is_open = self.state is ServerState.READY or (
-            is_probe and self._phase is ServerState.WARMING
-        )
+        is_proving = self._loaded.is_set() and not self._life_ready_at
+        is_open = self.state is ServerState.READY or (is_probe and is_proving)
         if not is_open:
             raise MoeServerError(
                 f"Model {self._config.served_name!r} is {self.state.value}."
@@ -328,6 +328,7 @@ class Supervisor:
                         experts_kept=message.num_kept,
                         experts_outlast_engine=message.outlasts_engine,
                     )
+                    self._measured = message
                     self._loaded.set()
                     self.tried.set()
                 case Fatal():
@@ -396,11 +397,20 @@ class Supervisor:
 
     async def _warm_up(self) -> Loss:
         await self._loaded.wait()
+        assert self._measured is not None
         self._enter(ServerState.WARMING)
-        try:
-            await self._prove()
-        except MoeServerError as error:
-            return Loss(error.message, error.remedy, retry=error.reason is Reason.UNAVAILABLE)
+        while True:
+            try:
+                await self._prove(self._measured)
+                break
+            except MoeServerError as error:
+                if error.reason is Reason.UNAVAILABLE:
+                    return Loss(error.message, error.remedy, retry=True)
+                self.startup.reason = str(error)
+            log.error("not proven", reason=self.startup.reason)
+            self._enter(ServerState.FAILED)
+            await asyncio.sleep(self._patience.proof_again_s)
+        self.startup.reason = ""
         self._life_ready_at = time.monotonic()
         self._stages.note_ready()
         self._enter(ServerState.READY)

@@ -319,7 +319,7 @@ async def test_warmup_proves_and_reports(door, tmp_path):
     assert json.loads(result.stdout) == findings
     assert findings["passed"]
     assert findings["state"] == "ready"
-    assert [probe["completion_tokens"] for probe in findings["probes"]] == [4, 4, 4]
+    assert [probe["completion_tokens"] for probe in findings["probes"]] == [2, 2, 2]
     assert [stage["state"] for stage in findings["stages"]] == ["done"] * len(findings["stages"])
 
 

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from moe_server.config import Config
 from moe_server.engine_link import EngineLink
 from moe_server.errors import MoeServerError, Reason
-from moe_server.messages import Submit
+from moe_server.messages import Loaded, Submit
 from moe_server.patience import longest_step_s
 from moe_server.startup import Startup
 from moe_server.state import ServerState
@@ -26,12 +26,13 @@ from tests.front_door import FAKE_ENGINE, PATIENCE, WAIT_S, eventually, make_con
 
 @asynccontextmanager
 async def supervised(*flags, prove=None, command=None, patience=PATIENCE):
-    async def ready_at_once() -> None:
-        pass
+    async def proved(_loaded: Loaded) -> None:
+        if prove is not None:
+            await prove()
 
     supervisor = Supervisor(
         make_config(),
-        prove or ready_at_once,
+        proved,
         command or (*FAKE_ENGINE, *flags),
         patience,
         Startup("demo"),
@@ -292,7 +293,7 @@ async def test_a_failed_proof_is_failed_and_never_ready():
                 states.append(await asyncio.wait_for(watcher.next(), WAIT_S))
         assert ServerState.READY not in states
         assert supervisor.startup.reason == "Too slow. Buy a faster one."
-        assert supervisor.engine_pid is None
+        assert supervisor.engine_pid is not None, "the next try needs it"
 
 
 async def test_a_crash_while_proving_proves_again():

@@ -6,6 +6,7 @@ embedding that stays on disk included, and every expert computed; how fast reque
 the probes.
 """
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from moe_server.messages import Progress
 from moe_server.offload.calibration import Calibration
 from moe_server.offload.layout import ExpertId
 from moe_server.warmup.stages import DENSE, EVERY_EXPERT, IN_MEMORY
+
+NUM_TOUCHES = 4
 
 
 class Report(Protocol):
@@ -67,3 +70,26 @@ def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Repor
     engine.weights.fill()
     engine.cache.wait_filled(lambda _done: None)
     engine.weights.note_proven()
+
+
+def resident_expert_s(engine: Engine) -> float:
+    """Seconds that an expert on the device takes with one row: the best of a few, and of a layer.
+
+    The first of them may have to come there; 0 where the model has no experts.
+    """
+    checkpoint = engine.model.checkpoint
+    near = (
+        number
+        for number in range(checkpoint.num_experts)
+        if engine.cache.is_near(ExpertId(0, number))
+    )
+    expert = next(near, None)
+    if expert is None:
+        return 0.0
+
+    def touch_s() -> float:
+        began = time.perf_counter()
+        engine.model.experts.touch(0, expert)
+        return time.perf_counter() - began
+
+    return min(touch_s() for _ in range(NUM_TOUCHES))

@@ -16,10 +16,10 @@ LIBRARIES = "libraries"
 DENSE = "dense weights"
 IN_MEMORY = "experts in memory"
 EVERY_EXPERT = "every expert"
-BATCH = "warm-up batch"
+SHAPES = "request shapes"
 PROOF = "proof"
 
-STAGES = (PREFLIGHT, LIBRARIES, DENSE, IN_MEMORY, EVERY_EXPERT, BATCH, PROOF)
+STAGES = (PREFLIGHT, LIBRARIES, DENSE, IN_MEMORY, EVERY_EXPERT, SHAPES, PROOF)
 """All of a start, in order."""
 
 RATE_WINDOW_S = 5.0

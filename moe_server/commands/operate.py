@@ -75,6 +75,19 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
     return rows
 
 
+def _limits(startup: pb.Startup) -> str:
+    limits = (
+        ("first token", "max_ttft", startup.max_ttft),
+        ("each further", "max_tpot", startup.max_tpot),
+    )
+    return ", ".join(
+        f"{what} {format_seconds(limit.ToNanoseconds() / 1e9)}"
+        if startup.HasField(name)
+        else f"{what} any time"
+        for what, name, limit in limits
+    )
+
+
 def _stage_rows(stage: pb.Stage) -> list[tuple[str, str]]:
     rows = [(f"  {stage.name}", _stage(stage))]
     return rows + [("    warning", warning) for warning in stage.warnings]
@@ -100,6 +113,8 @@ def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
     return [
         ("model", f"{model.name}  {state_name(model.state)}"),
         ("startup", model.startup.stage),
+        *([("degraded", model.startup.degraded)] if model.startup.degraded else ()),
+        ("limits of probes", _limits(model.startup)),
         *(row for stage in model.startup.stages for row in _stage_rows(stage)),
         ("engine restarts", str(model.engine_restarts)),
         ("requests", f"{load.running_requests} running, {load.waiting_requests} waiting"),

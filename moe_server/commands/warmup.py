@@ -20,7 +20,8 @@ from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import admin_pb2, model_pb2
 from moe_server.warmup.junit import junit_xml
-from moe_server.warmup.probe import Probe, ProbeShape, missed_limits, send_probe
+from moe_server.warmup.limits import Limits
+from moe_server.warmup.probe import Probe, ProbeShape, send_probe
 
 __all__ = ["LimitMissedError", "NotReadyError", "warmup"]
 
@@ -38,7 +39,12 @@ class LimitMissedError(MoeServerError):
     "--report warmup.json"
 )
 @click.option("--target", required=True, metavar="HOST:PORT")
-@click.option("--max-ttft-ms", type=POSITIVE, metavar="N")
+@click.option(
+    "--max-ttft-ms",
+    type=POSITIVE,
+    metavar="N",
+    help="Longest time to first token a probe may take; unset: what the server holds itself to.",
+)
 @click.option(
     "--timeout",
     type=SECONDS,
@@ -115,8 +121,13 @@ def _prove(
         models = client.models()
     _note_start(status, findings)
     findings["ready"] = True
+    own = {model.name: model.startup for model in status.models}
     for model in models:
-        _prove_model(target, model, max_ttft_ms, timeout_s, findings)
+        limit_ms = max_ttft_ms
+        if limit_ms is None and own[model.name].HasField("max_ttft"):
+            limit_ms = own[model.name].max_ttft.ToNanoseconds() / 1e6
+        limits = Limits() if limit_ms is None else Limits(max_ttft_ms=limit_ms)
+        _prove_model(target, model, limits, timeout_s, findings)
 
 
 def _note_start(status: admin_pb2.GetServerStatusResponse, findings: dict[str, Any]) -> None:
@@ -144,7 +155,7 @@ def _note_start(status: admin_pb2.GetServerStatusResponse, findings: dict[str, A
 def _prove_model(
     target: str,
     model: model_pb2.Model,
-    max_ttft_ms: float | None,
+    limits: Limits,
     timeout_s: float,
     findings: dict[str, Any],
 ) -> None:
@@ -158,7 +169,7 @@ def _prove_model(
     )
     for index in range(1, NUM_PROBES + 1):
         probe = asyncio.run(_probe(target, shape, timeout_s))
-        missed = missed_limits(probe, max_ttft_ms, None)
+        missed = limits.missed(probe)
         findings["probes"].append(
             {"model": model.name, "index": index, **asdict(probe), "missed": missed}
         )

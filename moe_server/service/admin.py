@@ -6,7 +6,7 @@ callers loopback peers: give it the main listener only after blocking these meth
 """
 
 import asyncio
-from collections.abc import Sequence
+import math
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.warmup.probe import Probe
 from moe_server.warmup.stages import STAGES, Stage, StageLog, StageState
+from moe_server.warmup.warm_up import WarmUp
 
 log = structlog.get_logger(__name__)
 
@@ -110,7 +111,7 @@ class AdminService:
                     model=startup.name,
                     state=STATES[startup.state],
                     reason=startup.reason,
-                    startup=_startup(startup, self._probes(startup.name)),
+                    startup=_startup(startup, self._warm_up(startup.name)),
                 )
                 news = _without_clocks(told)
                 if news != last:
@@ -144,9 +145,8 @@ class AdminService:
         self._registry.undrain()
         return pb.UndrainResponse()
 
-    def _probes(self, name: str) -> Sequence[Probe]:
-        running = next((one for one in self._registry if one.name == name), None)
-        return running.warm_up.probes if running else ()
+    def _warm_up(self, name: str) -> WarmUp | None:
+        return next((one.warm_up for one in self._registry if one.name == name), None)
 
     def _refuse_strangers(self, context: Context) -> None:
         peer: str = context.peer()
@@ -163,7 +163,7 @@ def _model_status(startup: Startup, running: RunningModel | None) -> pb.ModelSta
         name=startup.name,
         state=STATES[startup.state],
         reason=startup.reason,
-        startup=_startup(startup, running.warm_up.probes if running else ()),
+        startup=_startup(startup, running.warm_up if running else None),
     )
     if running is None:
         return status
@@ -190,21 +190,29 @@ def _model_status(startup: Startup, running: RunningModel | None) -> pb.ModelSta
     return status
 
 
-def _startup(startup: Startup, probes: Sequence[Probe]) -> pb.Startup:
+def _startup(startup: Startup, warm_up: WarmUp | None) -> pb.Startup:
     log = startup.stages
     stage, eta_s = log.running, log.eta_s
-    return pb.Startup(
+    told = pb.Startup(
         stage=log.doing,
         stage_index=log.position,
         stage_count=len(STAGES),
         bytes_done=stage.bytes_done if stage else 0,
         bytes_total=stage.bytes_total if stage else 0,
         elapsed=to_duration(log.elapsed_s),
-        probes=[_probe(probe) for probe in probes],
         bytes_per_second=log.bytes_per_s,
         eta=None if eta_s is None else to_duration(eta_s),
         stages=[_stage(one, log) for one in log.stages],
     )
+    if warm_up is not None:
+        told.probes.extend(map(_probe, warm_up.probes))
+        told.degraded = warm_up.degraded
+        limits = warm_up.limits
+        if math.isfinite(limits.max_ttft_ms):
+            told.max_ttft.CopyFrom(to_duration(limits.max_ttft_ms / 1000))
+        if math.isfinite(limits.max_tpot_ms):
+            told.max_tpot.CopyFrom(to_duration(limits.max_tpot_ms / 1000))
+    return told
 
 
 def _without_clocks(told: pb.WatchStartupResponse) -> pb.WatchStartupResponse:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import structlog
 
 from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import Loaded
 from moe_server.service.errors import NotFoundError
 from moe_server.service.running_model import ModelSetup, RunningModel
 from moe_server.startup import Startup
@@ -151,9 +152,9 @@ class Registry:
             for startup in self.startups:
                 startup.feed.publish(ServerState.DRAINING if draining else ServerState.STARTING)
 
-    async def _prove(self, running: RunningModel) -> None:
+    async def _prove(self, running: RunningModel, loaded: Loaded) -> None:
         running.startup.stages.doing = "waiting for other models to load or warm up"
         others = (other.supervisor.tried for other in self if other is not running)
         await asyncio.gather(*(tried.wait() for tried in others))
         async with self._turn:
-            await running.warm_up.prove()
+            await running.warm_up.prove(running.limits(loaded))

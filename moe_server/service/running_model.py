@@ -13,12 +13,16 @@ from structlog.contextvars import bind_contextvars
 
 from moe_server.config import ModelConfig
 from moe_server.constraints.trials import Trials
+from moe_server.messages import Loaded
 from moe_server.patience import Patience
 from moe_server.service.prompts import Prompts
 from moe_server.service.served_model import ServedModel
 from moe_server.startup import Startup
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
-from moe_server.warmup.probe import ProbeShape, WarmUp
+from moe_server.warmup.ladder import as_people_send_it, ladder, longest_prompt
+from moe_server.warmup.limits import Limits, Speeds, Work
+from moe_server.warmup.probe import ProbeShape
+from moe_server.warmup.warm_up import FirstRequests, WarmUp
 
 MAX_TOKENISING = 2
 """Long prompts tokenised at a time: one of 1 MB takes a core for a second and 100 MB meanwhile."""
@@ -55,7 +59,7 @@ class RunningModel:
         startup: Startup,
         target: str,
         probe_metadata: Sequence[tuple[str, str]],
-        prove: "Callable[[RunningModel], Awaitable[None]]",
+        prove: "Callable[[RunningModel, Loaded], Awaitable[None]]",
         *,
         names_log_lines: bool,
     ) -> None:
@@ -69,17 +73,19 @@ class RunningModel:
         if names_log_lines:
             self._context.run(bind_contextvars, model=model.name)
         self.startup = startup
+        self._shape = ProbeShape.fitting(
+            config.warmup.prompt_tokens,
+            config.warmup.new_tokens,
+            model=model.name,
+            vocab_size=model.vocab_size,
+            max_request_tokens=model.max_request_tokens,
+        )
+        self._speeds = Speeds()
         self.warm_up = WarmUp(
             config.warmup,
-            ProbeShape.fitting(
-                config.warmup.prompt_tokens,
-                config.warmup.new_tokens,
-                model=model.name,
-                vocab_size=model.vocab_size,
-                max_request_tokens=model.max_request_tokens,
-            ),
+            self._shape,
+            self._first_requests(),
             target=target,
-            batch=min(config.warmup.batch, config.scheduler.max_running),
             metadata=probe_metadata,
             stages=startup.stages,
         )
@@ -90,7 +96,7 @@ class RunningModel:
         self.trials = None if vocabulary is None else Trials(vocabulary)
         self.supervisor = Supervisor(
             config,
-            lambda: prove(self),
+            lambda loaded: prove(self, loaded),
             setup.engine_command,
             setup.patience,
             startup,
@@ -100,6 +106,23 @@ class RunningModel:
     @property
     def name(self) -> str:
         return self.model.name
+
+    def limits(self, loaded: Loaded) -> Limits:
+        """What the proof holds an engine to that has loaded."""
+        measured = Speeds(loaded.expert_s, loaded.disk_bytes_per_s)
+        self._speeds = self._speeds.best_of(measured)
+        model = self.model
+        work = Work(model.num_layers, model.num_experts, model.num_experts_per_token, model.memory)
+        return Limits.of(self.config.warmup, work, self._speeds, self._shape.prompt_tokens)
+
+    def _first_requests(self) -> FirstRequests:
+        config, model = self.config, self.model
+        batch = min(config.warmup.batch, config.scheduler.max_running)
+        sends_text = config.warmup.text and model.tokenizer is not None
+        text = as_people_send_it(model.name, is_chat=model.chat is not None)
+        return FirstRequests(
+            list(ladder(self._shape, longest_prompt(config), batch)), text if sends_text else None
+        )
 
     def start(self, *, draining: bool) -> None:
         """Spawns the engine, and begins to load what the first conversation would wait for."""

@@ -5,6 +5,7 @@ an engine begin at 0 again with its next life, as Prometheus expects of a restar
 thread of the HTTP server: facts are replaced whole there, never changed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -256,19 +257,24 @@ OF_MODELS: tuple[Family[RunningModel], ...] = (
     ),
     gauge(
         "time_to_first_token_limit_seconds",
-        "What probes may take: warmup.max_ttft_ms; absent: any.",
-        lambda m: _seconds(m.config.warmup.max_ttft_ms),
+        "What probes may take; absent: any.",
+        lambda m: _seconds(m.warm_up.limits.max_ttft_ms),
     ),
     gauge(
         "time_per_output_token_limit_seconds",
-        "What probes may take: warmup.max_tpot_ms; absent: any.",
-        lambda m: _seconds(m.config.warmup.max_tpot_ms),
+        "What probes may take; absent: any.",
+        lambda m: _seconds(m.warm_up.limits.max_tpot_ms),
+    ),
+    gauge(
+        "degraded",
+        "1: READY although the proof missed a limit (warmup.if_missed is serve).",
+        lambda m: bool(m.warm_up.degraded),
     ),
 )
 
 
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000
+def _seconds(milliseconds: float) -> float | None:
+    return milliseconds / 1000 if math.isfinite(milliseconds) else None
 
 
 class StatusCollector(Collector):

@@ -59,7 +59,7 @@ async def test_a_watcher_sees_every_stage_of_a_start_and_its_end(tmp_path):
         told = [one async for one in watch]
         assert [one.state for one in told][-1] == admin_pb2.SERVER_STATE_READY
         stages = told[-1].startup.stages
-        assert [stage.name for stage in stages] == ["weights", "experts", "warm-up batch", "proof"]
+        assert [stage.name for stage in stages] == ["weights", "experts", "request shapes", "proof"]
         assert all(stage.state == admin_pb2.STAGE_STATE_DONE for stage in stages)
         assert all(stage.attempts == 1 for stage in stages)
         late = [one async for one in door.admin.WatchStartup(admin_pb2.WatchStartupRequest())]

@@ -15,6 +15,7 @@ from moe_server.service import health
 from moe_server.service.running_model import ModelSetup
 from moe_server.state import ServerState
 from tests.front_door import (
+    ANY_TIME,
     WAIT_S,
     FrontDoor,
     eventually,
@@ -34,7 +35,8 @@ def light(*engine_flags: str, **model) -> ModelSetup:
     """A model beside "demo" that gives other tokens: of its vocabulary of 7."""
     model = make_model(name="light", **{"vocab_size": 7, "eos_token_ids": (), **model})
     config = make_config(
-        model_name="light", warmup=WarmupConfig(prompt_tokens=2, new_tokens=3, batch=1, probes=1)
+        model_name="light",
+        warmup=WarmupConfig(prompt_tokens=2, new_tokens=3, batch=1, probes=1, **ANY_TIME),
     )
     return setup("--vocab", "7", *engine_flags, config=config, model=model)
 

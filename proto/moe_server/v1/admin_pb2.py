@@ -25,49 +25,49 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*moe_server/proto/moe_server/v1/admin.proto\x12\rmoe_server.v1\x1a\x1egoogle/protobuf/duration.proto\"\xa5\x02\n\x07Startup\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0bstage_index\x18\x02 \x01(\r\x12\x13\n\x0bstage_count\x18\x03 \x01(\r\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x05 \x01(\x04\x12*\n\x07\x65lapsed\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06probes\x18\x07 \x03(\x0b\x32\x14.moe_server.v1.Probe\x12\x18\n\x10\x62ytes_per_second\x18\x08 \x01(\x01\x12&\n\x03\x65ta\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06stages\x18\n \x03(\x0b\x32\x14.moe_server.v1.Stage\"\xc9\x01\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.moe_server.v1.StageState\x12\x10\n\x08\x61ttempts\x18\x03 \x01(\r\x12*\n\x07\x65lapsed\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbytes_done\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x10\n\x08warnings\x18\x08 \x03(\t\"\x8b\x01\n\x05Probe\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\'\n\x04ttft\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xac\x02\n\x06Memory\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65nse_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12\x65xpert_slots_bytes\x18\x05 \x01(\x04\x12\x14\n\x0c\x65xpert_slots\x18\x06 \x01(\r\x12\x19\n\x11host_budget_bytes\x18\x07 \x01(\x04\x12\x14\n\x0chost_records\x18\x08 \x01(\r\x12\x1a\n\x12host_records_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x65xpert_bytes\x18\n \x01(\x04\x12\x0f\n\x07\x65xperts\x18\x0b \x01(\r\x12\x1f\n\x17\x65mbedding_on_disk_bytes\x18\x0c \x01(\x04\"\xbc\x01\n\x0e\x45xpertCounters\x12\x13\n\x0b\x64\x65vice_hits\x18\x01 \x01(\x04\x12\x11\n\thost_hits\x18\x02 \x01(\x04\x12\x12\n\ndisk_reads\x18\x03 \x01(\x04\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x12\n\nread_bytes\x18\x05 \x01(\x04\x12\x12\n\nprefetches\x18\x06 \x01(\x04\x12\x15\n\rprefetch_hits\x18\x07 \x01(\x04\x12\x17\n\x0f\x63\x61ncelled_reads\x18\x08 \x01(\x04\"\xc3\x02\n\x07Offload\x12\x1d\n\x15\x64isk_bytes_per_second\x18\x01 \x01(\x01\x12\x1d\n\x15\x63opy_bytes_per_second\x18\x02 \x01(\x01\x12\x18\n\x10read_block_bytes\x18\x03 \x01(\r\x12\x12\n\nread_depth\x18\x04 \x01(\r\x12\x0e\n\x06\x63opied\x18\x05 \x01(\x04\x12\x19\n\x11\x63omputed_in_place\x18\x06 \x01(\x04\x12\x0f\n\x07\x64\x65moted\x18\x07 \x01(\x04\x12\x11\n\tforgotten\x18\x08 \x01(\x04\x12\x16\n\x0e\x64\x65motion_reuse\x18\t \x01(\x01\x12\x14\n\x0cread_retries\x18\n \x01(\x04\x12\x1b\n\x13\x63hecksum_mismatches\x18\x0b \x01(\x04\x12\x16\n\x0e\x62uffered_files\x18\x0c \x01(\r\x12\x1a\n\x12host_memory_pinned\x18\r \x01(\x08\"\xe1\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_kept\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x19\n\x11hopeless_requests\x18\t \x01(\x04\"\x18\n\x16GetServerStatusRequest\"\xbb\x02\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.moe_server.v1.ServerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x07startup\x18\x04 \x01(\x0b\x32\x16.moe_server.v1.Startup\x12%\n\x06memory\x18\x05 \x01(\x0b\x32\x15.moe_server.v1.Memory\x12.\n\x07\x65xperts\x18\x06 \x01(\x0b\x32\x1d.moe_server.v1.ExpertCounters\x12\'\n\x07offload\x18\x07 \x01(\x0b\x32\x16.moe_server.v1.Offload\x12!\n\x04load\x18\x08 \x01(\x0b\x32\x13.moe_server.v1.Load\x12\x17\n\x0f\x65ngine_restarts\x18\t \x01(\r\"\xb0\x03\n\x17GetServerStatusResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.moe_server.v1.ServerState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\'\n\x07startup\x18\x05 \x01(\x0b\x32\x16.moe_server.v1.Startup\x12%\n\x06memory\x18\x06 \x01(\x0b\x32\x15.moe_server.v1.Memory\x12.\n\x07\x65xperts\x18\x07 \x01(\x0b\x32\x1d.moe_server.v1.ExpertCounters\x12!\n\x04load\x18\x08 \x01(\x0b\x32\x13.moe_server.v1.Load\x12)\n\x06uptime\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x65ngine_restarts\x18\n \x01(\r\x12\'\n\x07offload\x18\x0b \x01(\x0b\x32\x16.moe_server.v1.Offload\x12*\n\x06models\x18\x0c \x03(\x0b\x32\x1a.moe_server.v1.ModelStatus\"$\n\x13WatchStartupRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x89\x01\n\x14WatchStartupResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.moe_server.v1.ServerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x07startup\x18\x04 \x01(\x0b\x32\x16.moe_server.v1.Startup\"7\n\x0c\x44rainRequest\x12\'\n\x04wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\rDrainResponse\x12\x1a\n\x12remaining_requests\x18\x01 \x01(\r\"\x10\n\x0eUndrainRequest\"\x11\n\x0fUndrainResponse*\xc6\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_LOADING\x10\x02\x12\x18\n\x14SERVER_STATE_WARMING\x10\x03\x12\x16\n\x12SERVER_STATE_READY\x10\x04\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x05\x12\x17\n\x13SERVER_STATE_FAILED\x10\x06*p\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STAGE_STATE_RUNNING\x10\x01\x12\x14\n\x10STAGE_STATE_DONE\x10\x02\x12\x16\n\x12STAGE_STATE_FAILED\x10\x03\x32\xd9\x02\n\x0c\x41\x64minService\x12`\n\x0fGetServerStatus\x12%.moe_server.v1.GetServerStatusRequest\x1a&.moe_server.v1.GetServerStatusResponse\x12Y\n\x0cWatchStartup\x12\".moe_server.v1.WatchStartupRequest\x1a#.moe_server.v1.WatchStartupResponse0\x01\x12\x42\n\x05\x44rain\x12\x1b.moe_server.v1.DrainRequest\x1a\x1c.moe_server.v1.DrainResponse\x12H\n\x07Undrain\x12\x1d.moe_server.v1.UndrainRequest\x1a\x1e.moe_server.v1.UndrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*moe_server/proto/moe_server/v1/admin.proto\x12\rmoe_server.v1\x1a\x1egoogle/protobuf/duration.proto\"\x91\x03\n\x07Startup\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x13\n\x0bstage_index\x18\x02 \x01(\r\x12\x13\n\x0bstage_count\x18\x03 \x01(\r\x12\x12\n\nbytes_done\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x05 \x01(\x04\x12*\n\x07\x65lapsed\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06probes\x18\x07 \x03(\x0b\x32\x14.moe_server.v1.Probe\x12\x18\n\x10\x62ytes_per_second\x18\x08 \x01(\x01\x12&\n\x03\x65ta\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12$\n\x06stages\x18\n \x03(\x0b\x32\x14.moe_server.v1.Stage\x12+\n\x08max_ttft\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08max_tpot\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64\x65graded\x18\r \x01(\t\"\xc9\x01\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.moe_server.v1.StageState\x12\x10\n\x08\x61ttempts\x18\x03 \x01(\r\x12*\n\x07\x65lapsed\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nbytes_done\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\x0f\n\x07\x66\x61ilure\x18\x07 \x01(\t\x12\x10\n\x08warnings\x18\x08 \x03(\t\"\x8b\x01\n\x05Probe\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\'\n\x04ttft\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04tpot\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xac\x02\n\x06Memory\x12\x1b\n\x13\x64\x65vice_budget_bytes\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x65nse_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12\x65xpert_slots_bytes\x18\x05 \x01(\x04\x12\x14\n\x0c\x65xpert_slots\x18\x06 \x01(\r\x12\x19\n\x11host_budget_bytes\x18\x07 \x01(\x04\x12\x14\n\x0chost_records\x18\x08 \x01(\r\x12\x1a\n\x12host_records_bytes\x18\t \x01(\x04\x12\x14\n\x0c\x65xpert_bytes\x18\n \x01(\x04\x12\x0f\n\x07\x65xperts\x18\x0b \x01(\r\x12\x1f\n\x17\x65mbedding_on_disk_bytes\x18\x0c \x01(\x04\"\xbc\x01\n\x0e\x45xpertCounters\x12\x13\n\x0b\x64\x65vice_hits\x18\x01 \x01(\x04\x12\x11\n\thost_hits\x18\x02 \x01(\x04\x12\x12\n\ndisk_reads\x18\x03 \x01(\x04\x12\x16\n\x0etransfer_bytes\x18\x04 \x01(\x04\x12\x12\n\nread_bytes\x18\x05 \x01(\x04\x12\x12\n\nprefetches\x18\x06 \x01(\x04\x12\x15\n\rprefetch_hits\x18\x07 \x01(\x04\x12\x17\n\x0f\x63\x61ncelled_reads\x18\x08 \x01(\x04\"\xc3\x02\n\x07Offload\x12\x1d\n\x15\x64isk_bytes_per_second\x18\x01 \x01(\x01\x12\x1d\n\x15\x63opy_bytes_per_second\x18\x02 \x01(\x01\x12\x18\n\x10read_block_bytes\x18\x03 \x01(\r\x12\x12\n\nread_depth\x18\x04 \x01(\r\x12\x0e\n\x06\x63opied\x18\x05 \x01(\x04\x12\x19\n\x11\x63omputed_in_place\x18\x06 \x01(\x04\x12\x0f\n\x07\x64\x65moted\x18\x07 \x01(\x04\x12\x11\n\tforgotten\x18\x08 \x01(\x04\x12\x16\n\x0e\x64\x65motion_reuse\x18\t \x01(\x01\x12\x14\n\x0cread_retries\x18\n \x01(\x04\x12\x1b\n\x13\x63hecksum_mismatches\x18\x0b \x01(\x04\x12\x16\n\x0e\x62uffered_files\x18\x0c \x01(\r\x12\x1a\n\x12host_memory_pinned\x18\r \x01(\x08\"\xe1\x01\n\x04Load\x12\x18\n\x10running_requests\x18\x01 \x01(\r\x12\x18\n\x10waiting_requests\x18\x02 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_kept\x18\x05 \x01(\r\x12\x13\n\x0bpreemptions\x18\x06 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x04\x12\x15\n\rcached_tokens\x18\x08 \x01(\x04\x12\x19\n\x11hopeless_requests\x18\t \x01(\x04\"\x18\n\x16GetServerStatusRequest\"\xbb\x02\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.moe_server.v1.ServerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x07startup\x18\x04 \x01(\x0b\x32\x16.moe_server.v1.Startup\x12%\n\x06memory\x18\x05 \x01(\x0b\x32\x15.moe_server.v1.Memory\x12.\n\x07\x65xperts\x18\x06 \x01(\x0b\x32\x1d.moe_server.v1.ExpertCounters\x12\'\n\x07offload\x18\x07 \x01(\x0b\x32\x16.moe_server.v1.Offload\x12!\n\x04load\x18\x08 \x01(\x0b\x32\x13.moe_server.v1.Load\x12\x17\n\x0f\x65ngine_restarts\x18\t \x01(\r\"\xb0\x03\n\x17GetServerStatusResponse\x12)\n\x05state\x18\x01 \x01(\x0e\x32\x1a.moe_server.v1.ServerState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\'\n\x07startup\x18\x05 \x01(\x0b\x32\x16.moe_server.v1.Startup\x12%\n\x06memory\x18\x06 \x01(\x0b\x32\x15.moe_server.v1.Memory\x12.\n\x07\x65xperts\x18\x07 \x01(\x0b\x32\x1d.moe_server.v1.ExpertCounters\x12!\n\x04load\x18\x08 \x01(\x0b\x32\x13.moe_server.v1.Load\x12)\n\x06uptime\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x17\n\x0f\x65ngine_restarts\x18\n \x01(\r\x12\'\n\x07offload\x18\x0b \x01(\x0b\x32\x16.moe_server.v1.Offload\x12*\n\x06models\x18\x0c \x03(\x0b\x32\x1a.moe_server.v1.ModelStatus\"$\n\x13WatchStartupRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x89\x01\n\x14WatchStartupResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.moe_server.v1.ServerState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\'\n\x07startup\x18\x04 \x01(\x0b\x32\x16.moe_server.v1.Startup\"7\n\x0c\x44rainRequest\x12\'\n\x04wait\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"+\n\rDrainResponse\x12\x1a\n\x12remaining_requests\x18\x01 \x01(\r\"\x10\n\x0eUndrainRequest\"\x11\n\x0fUndrainResponse*\xc6\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_LOADING\x10\x02\x12\x18\n\x14SERVER_STATE_WARMING\x10\x03\x12\x16\n\x12SERVER_STATE_READY\x10\x04\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x05\x12\x17\n\x13SERVER_STATE_FAILED\x10\x06*p\n\nStageState\x12\x1b\n\x17STAGE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13STAGE_STATE_RUNNING\x10\x01\x12\x14\n\x10STAGE_STATE_DONE\x10\x02\x12\x16\n\x12STAGE_STATE_FAILED\x10\x03\x32\xd9\x02\n\x0c\x41\x64minService\x12`\n\x0fGetServerStatus\x12%.moe_server.v1.GetServerStatusRequest\x1a&.moe_server.v1.GetServerStatusResponse\x12Y\n\x0cWatchStartup\x12\".moe_server.v1.WatchStartupRequest\x1a#.moe_server.v1.WatchStartupResponse0\x01\x12\x42\n\x05\x44rain\x12\x1b.moe_server.v1.DrainRequest\x1a\x1c.moe_server.v1.DrainResponse\x12H\n\x07Undrain\x12\x1d.moe_server.v1.UndrainRequest\x1a\x1e.moe_server.v1.UndrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moe_server.proto.moe_server.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVERSTATE']._serialized_start=2880
-  _globals['_SERVERSTATE']._serialized_end=3078
-  _globals['_STAGESTATE']._serialized_start=3080
-  _globals['_STAGESTATE']._serialized_end=3192
+  _globals['_SERVERSTATE']._serialized_start=2988
+  _globals['_SERVERSTATE']._serialized_end=3186
+  _globals['_STAGESTATE']._serialized_start=3188
+  _globals['_STAGESTATE']._serialized_end=3300
   _globals['_STARTUP']._serialized_start=94
-  _globals['_STARTUP']._serialized_end=387
-  _globals['_STAGE']._serialized_start=390
-  _globals['_STAGE']._serialized_end=591
-  _globals['_PROBE']._serialized_start=594
-  _globals['_PROBE']._serialized_end=733
-  _globals['_MEMORY']._serialized_start=736
-  _globals['_MEMORY']._serialized_end=1036
-  _globals['_EXPERTCOUNTERS']._serialized_start=1039
-  _globals['_EXPERTCOUNTERS']._serialized_end=1227
-  _globals['_OFFLOAD']._serialized_start=1230
-  _globals['_OFFLOAD']._serialized_end=1553
-  _globals['_LOAD']._serialized_start=1556
-  _globals['_LOAD']._serialized_end=1781
-  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=1783
-  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=1807
-  _globals['_MODELSTATUS']._serialized_start=1810
-  _globals['_MODELSTATUS']._serialized_end=2125
-  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=2128
-  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=2560
-  _globals['_WATCHSTARTUPREQUEST']._serialized_start=2562
-  _globals['_WATCHSTARTUPREQUEST']._serialized_end=2598
-  _globals['_WATCHSTARTUPRESPONSE']._serialized_start=2601
-  _globals['_WATCHSTARTUPRESPONSE']._serialized_end=2738
-  _globals['_DRAINREQUEST']._serialized_start=2740
-  _globals['_DRAINREQUEST']._serialized_end=2795
-  _globals['_DRAINRESPONSE']._serialized_start=2797
-  _globals['_DRAINRESPONSE']._serialized_end=2840
-  _globals['_UNDRAINREQUEST']._serialized_start=2842
-  _globals['_UNDRAINREQUEST']._serialized_end=2858
-  _globals['_UNDRAINRESPONSE']._serialized_start=2860
-  _globals['_UNDRAINRESPONSE']._serialized_end=2877
-  _globals['_ADMINSERVICE']._serialized_start=3195
-  _globals['_ADMINSERVICE']._serialized_end=3540
+  _globals['_STARTUP']._serialized_end=495
+  _globals['_STAGE']._serialized_start=498
+  _globals['_STAGE']._serialized_end=699
+  _globals['_PROBE']._serialized_start=702
+  _globals['_PROBE']._serialized_end=841
+  _globals['_MEMORY']._serialized_start=844
+  _globals['_MEMORY']._serialized_end=1144
+  _globals['_EXPERTCOUNTERS']._serialized_start=1147
+  _globals['_EXPERTCOUNTERS']._serialized_end=1335
+  _globals['_OFFLOAD']._serialized_start=1338
+  _globals['_OFFLOAD']._serialized_end=1661
+  _globals['_LOAD']._serialized_start=1664
+  _globals['_LOAD']._serialized_end=1889
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_start=1891
+  _globals['_GETSERVERSTATUSREQUEST']._serialized_end=1915
+  _globals['_MODELSTATUS']._serialized_start=1918
+  _globals['_MODELSTATUS']._serialized_end=2233
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_start=2236
+  _globals['_GETSERVERSTATUSRESPONSE']._serialized_end=2668
+  _globals['_WATCHSTARTUPREQUEST']._serialized_start=2670
+  _globals['_WATCHSTARTUPREQUEST']._serialized_end=2706
+  _globals['_WATCHSTARTUPRESPONSE']._serialized_start=2709
+  _globals['_WATCHSTARTUPRESPONSE']._serialized_end=2846
+  _globals['_DRAINREQUEST']._serialized_start=2848
+  _globals['_DRAINREQUEST']._serialized_end=2903
+  _globals['_DRAINRESPONSE']._serialized_start=2905
+  _globals['_DRAINRESPONSE']._serialized_end=2948
+  _globals['_UNDRAINREQUEST']._serialized_start=2950
+  _globals['_UNDRAINREQUEST']._serialized_end=2966
+  _globals['_UNDRAINRESPONSE']._serialized_start=2968
+  _globals['_UNDRAINRESPONSE']._serialized_end=2985
+  _globals['_ADMINSERVICE']._serialized_start=3303
+  _globals['_ADMINSERVICE']._serialized_end=3648
 # @@protoc_insertion_point(module_scope)

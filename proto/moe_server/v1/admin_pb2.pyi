@@ -39,7 +39,7 @@ STAGE_STATE_DONE: StageState
 STAGE_STATE_FAILED: StageState
 
 class Startup(_message.Message):
-    __slots__ = ("stage", "stage_index", "stage_count", "bytes_done", "bytes_total", "elapsed", "probes", "bytes_per_second", "eta", "stages")
+    __slots__ = ("stage", "stage_index", "stage_count", "bytes_done", "bytes_total", "elapsed", "probes", "bytes_per_second", "eta", "stages", "max_ttft", "max_tpot", "degraded")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STAGE_INDEX_FIELD_NUMBER: _ClassVar[int]
     STAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,9 @@ class Startup(_message.Message):
     BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     ETA_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_TTFT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TPOT_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     stage: str
     stage_index: int
     stage_count: int
@@ -60,7 +63,10 @@ class Startup(_message.Message):
     bytes_per_second: float
     eta: _duration_pb2.Duration
     stages: _containers.RepeatedCompositeFieldContainer[Stage]
-    def __init__(self, stage: _Optional[str] = ..., stage_index: _Optional[int] = ..., stage_count: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[Probe, _Mapping]]] = ..., bytes_per_second: _Optional[float] = ..., eta: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ...) -> None: ...
+    max_ttft: _duration_pb2.Duration
+    max_tpot: _duration_pb2.Duration
+    degraded: str
+    def __init__(self, stage: _Optional[str] = ..., stage_index: _Optional[int] = ..., stage_count: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., elapsed: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., probes: _Optional[_Iterable[_Union[Probe, _Mapping]]] = ..., bytes_per_second: _Optional[float] = ..., eta: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[Stage, _Mapping]]] = ..., max_ttft: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., max_tpot: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., degraded: _Optional[str] = ...) -> None: ...
 
 class Stage(_message.Message):
     __slots__ = ("name", "state", "attempts", "elapsed", "bytes_done", "bytes_total", "failure", "warnings")

@@ -1,0 +1,67 @@
+import dataclasses
+import math
+
+import pytest
+
+from moe_server.config import Config, WarmupConfig
+from moe_server.warmup.limits import Limits, Speeds, Work
+from moe_server.warmup.probe import Probe
+from tests.front_door import make_model
+
+GB = 10**9
+
+
+def work(**plan) -> Work:
+    """Two layers of eight experts of 100 MB."""
+    sizes = {"expert_bytes": GB // 10, "num_experts_total": 16, "num_slots": 16, "num_records": 0}
+    memory = dataclasses.replace(make_model().memory, dense_bytes=GB, **{**sizes, **plan})
+    return Work(num_layers=2, num_experts=8, num_experts_per_token=2, plan=memory)
+
+
+@pytest.mark.parametrize(
+    ("limits", "missed"),
+    [
+        (Limits(), ""),
+        (Limits(100.0, 10.0), ""),
+        (Limits(99.0), "time to first token 100.0 ms, 1.0 ms over max_ttft_ms = 99"),
+        (
+            Limits(max_tpot_ms=4.0),
+            "time per output token 10.0 ms, 6.0 ms over max_tpot_ms = 4",
+        ),
+    ],
+)
+def test_missed_limits(limits, missed):
+    assert limits.missed(Probe(8, 4, 0.1, 0.01)) == missed
+
+
+def test_a_step_computes_what_it_wants_and_reads_what_is_absent():
+    speeds = Speeds(expert_s=0.01, disk_bytes_per_s=GB)
+    # 1 GB of dense weights takes as long as ten experts; a token wants 2 of each layer's.
+    assert work().step_s(1, speeds) == pytest.approx(0.1 + 2 * 2 * 0.01)
+    # 16 tokens want all 8, not 32.
+    assert work().step_s(16, speeds) == pytest.approx(0.1 + 2 * 8 * 0.01)
+    # A quarter of them is on disk, 0.1 s each.
+    assert work(num_slots=12).step_s(16, speeds) == pytest.approx(0.1 + 2 * 8 * 0.01 + 4 * 0.1)
+    assert work(num_slots=8, num_records=4).step_s(16, speeds) == pytest.approx(0.26 + 4 * 0.1)
+
+
+def test_what_was_not_measured_costs_nothing():
+    assert work(num_slots=8).step_s(16, Speeds()) == 0
+
+
+def test_defaults_are_four_times_the_roofline_and_a_constant():
+    speeds = Speeds(expert_s=0.01, disk_bytes_per_s=GB)
+    limits = Limits.of(WarmupConfig(), work(), speeds, 16)
+    assert limits.max_ttft_ms == pytest.approx(1000 * (4 * 0.26 + 1))
+    assert limits.max_tpot_ms == pytest.approx(1000 * (4 * 0.14 + 0.25))
+
+
+def test_the_operators_limits_come_first():
+    config = Config(warmup={"max_ttft_ms": 5, "max_tpot_ms": "inf"}).warmup
+    assert Limits.of(config, work(), Speeds(1.0), 16) == Limits(5, math.inf)
+
+
+def test_a_slower_life_is_held_to_the_speed_of_a_faster_one():
+    fast, slow = Speeds(0.01, GB), Speeds(0.1, GB // 10)
+    assert fast.best_of(slow) == slow.best_of(fast) == fast
+    assert Speeds().best_of(slow) == slow.best_of(Speeds()) == slow

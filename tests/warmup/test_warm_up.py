@@ -1,0 +1,206 @@
+import asyncio
+import dataclasses
+import os
+import signal
+
+import grpc
+
+from moe_server.config import Config, WarmupConfig
+from moe_server.proto.moe_server.v1 import admin_pb2
+from moe_server.state import ServerState
+from moe_server.warmup.ladder import ladder, longest_prompt
+from moe_server.warmup.limits import Limits
+from moe_server.warmup.probe import ProbeShape
+from tests.front_door import (
+    ANY_TIME,
+    WAIT_S,
+    failure,
+    front_door,
+    letters_chat,
+    make_config,
+    make_model,
+    request,
+)
+
+
+def warmup(**limits) -> object:
+    sizes = {
+        "prompt_tokens": 3,
+        "new_tokens": 3,
+        "batch": 3,
+        "probes": 2,
+        "attempts": 2,
+        **ANY_TIME,
+    }
+    return make_config(warmup=WarmupConfig(**{**sizes, **limits}))
+
+
+async def states_until(door, last: ServerState) -> list[ServerState]:
+    states = []
+    with door.server.supervisor.startup.feed.watch() as watcher:
+        while not states or states[-1] is not last:
+            states.append(await asyncio.wait_for(watcher.next(), WAIT_S))
+    return states
+
+
+async def test_ready_rests_on_probes_through_grpc():
+    async with front_door(config=warmup(max_ttft_ms=10_000, max_tpot_ms=10_000)) as door:
+        probes = door.server.warm_up.probes
+        assert [(probe.prompt_tokens, probe.completion_tokens) for probe in probes] == [(3, 3)] * 2
+        assert all(probe.ttft_s > 0 and probe.tpot_s >= 0 for probe in probes)
+        assert door.server.supervisor.startup.stages.doing == "proven in round 1"
+        # 3 side by side, then 2 one after another.
+        assert door.num_submits in (0, 5)
+
+
+async def test_after_a_restart_one_probe_is_enough_and_none_comes_twice(monkeypatch):
+    seeds = []
+    prompt = ProbeShape.prompt
+
+    def noted(shape, seed):
+        seeds.append(seed)
+        return prompt(shape, seed)
+
+    monkeypatch.setattr(ProbeShape, "prompt", noted)
+    async with front_door(config=warmup()) as door:
+        os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.STARTING)
+        await door.reach(ServerState.READY)
+        assert len(door.server.warm_up.probes) == 1
+        assert seeds == list(range(3 + 2 + 1))
+
+
+async def test_after_a_restart_a_missed_limit_calls_for_a_whole_round(monkeypatch):
+    async with front_door(config=warmup(max_ttft_ms=10_000)) as door:
+        monkeypatch.setattr(Limits, "missed", misses("too slow"))
+        os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.STARTING)
+        await door.reach(ServerState.READY)
+        assert door.server.supervisor.startup.stages.doing == "proven in round 1"
+        assert len(door.server.warm_up.probes) == 1 + 2
+
+
+async def test_after_a_restart_the_short_round_costs_no_attempt(monkeypatch):
+    async with front_door(config=warmup(max_ttft_ms=10_000, attempts=1)) as door:
+        monkeypatch.setattr(Limits, "missed", misses("too slow"))
+        os.kill(door.server.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.STARTING)
+        await door.reach(ServerState.READY)
+        assert door.server.supervisor.startup.stages.doing == "proven in round 1"
+
+
+async def test_a_missed_limit_is_retried_then_failed_with_the_figures():
+    config = warmup(max_ttft_ms=1.0)
+    until = ServerState.STARTING
+    async with front_door("--step-s", "0.02", config=config, until=until) as door:
+        states = await states_until(door, ServerState.FAILED)
+        assert ServerState.READY not in states
+        reason = door.server.supervisor.startup.reason
+        assert "failed 2 times" in reason
+        assert "time to first token" in reason
+        assert "over max_ttft_ms = 1" in reason
+        assert len(door.server.warm_up.probes) == 2
+
+
+async def test_time_per_token_is_judged_too():
+    config = warmup(max_tpot_ms=1.0)
+    until = ServerState.STARTING
+    async with front_door("--step-s", "0.02", config=config, until=until) as door:
+        await states_until(door, ServerState.FAILED)
+        assert "over max_tpot_ms = 1" in door.server.supervisor.startup.reason
+
+
+async def test_an_engine_lost_while_warming_is_proven_anew(tmp_path):
+    # Token 1 follows a 0, which a prompt of this vocabulary of one always ends with.
+    flags = ("--vocab", "1", "--crash-token", "0", "--crash-once", str(tmp_path / "crashed"))
+    model = make_model(vocab_size=1)
+    async with front_door(*flags, config=warmup(), model=model) as door:
+        assert door.server.supervisor.num_restarts == 1
+        assert len(door.server.warm_up.probes) == 2
+
+
+async def test_lengths_are_cut_to_what_the_model_takes():
+    model = make_model(max_request_tokens=4)
+    async with front_door(config=warmup(prompt_tokens=1000), model=model) as door:
+        assert {probe.prompt_tokens for probe in door.server.warm_up.probes} == {1}
+
+
+def misses(*missed: str):
+    """What probes miss, one after another; nothing once they are used up."""
+    left = iter(missed)
+    return lambda *_: next(left, "")
+
+
+async def test_a_failed_proof_is_tried_again_and_becomes_ready_when_the_cause_has_gone(monkeypatch):
+    monkeypatch.setattr(Limits, "missed", misses("too slow", "too slow"))
+    async with front_door(config=warmup(), until=ServerState.FAILED) as door:
+        pid = door.server.supervisor.engine_pid
+        failed = await failure(door.generation.GenerateStream(request([1])))
+        assert failed.code is grpc.StatusCode.UNAVAILABLE
+        await door.reach(ServerState.READY)
+        assert door.server.supervisor.engine_pid == pid, "what it has loaded is kept"
+        assert door.server.supervisor.startup.reason == ""
+
+
+async def test_a_missed_limit_may_be_served_with_and_is_told(monkeypatch):
+    monkeypatch.setattr(Limits, "missed", misses("too slow", "too slow"))
+    async with front_door(config=warmup(if_missed="serve")) as door:
+        status = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
+        [model] = status.models
+        assert "too slow" in model.startup.degraded
+        assert model.startup.stages[-1].state == admin_pb2.STAGE_STATE_FAILED
+        assert not model.startup.HasField("max_ttft"), "any time"
+        async for _ in door.generation.GenerateStream(request([1])):
+            pass
+
+
+async def test_limits_in_force_are_told():
+    async with front_door(config=warmup(max_ttft_ms=9000, max_tpot_ms=None)) as door:
+        status = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
+        startup = status.models[0].startup
+        assert startup.max_ttft.ToMilliseconds() == 9000
+        assert startup.max_tpot.ToMilliseconds() == 250, "the fake engine measures nothing"
+
+
+async def test_a_stage_whose_request_fails_is_tried_again_by_itself():
+    # Of a vocabulary of one every prompt has the token that is refused.
+    flags = ("--vocab", "1", "--refuse-token", "0")
+    model = make_model(vocab_size=1)
+    until = ServerState.FAILED
+    async with front_door(*flags, config=warmup(), model=model, until=until) as door:
+        startup = door.server.supervisor.startup
+        assert "The request shapes failed 2 times" in startup.reason
+        assert startup.stages.stages[-1].name == "request shapes"
+        assert "RESOURCE_EXHAUSTED: No blocks." in startup.stages.stages[-1].failure
+
+
+async def warnings_of_text(**model) -> list[str]:
+    async with front_door(config=warmup(text=True), model=make_model(**model)) as door:
+        shapes, _ = door.server.supervisor.startup.stages.stages[-2:]
+        return list(shapes.warnings)
+
+
+async def test_text_is_sent_where_there_is_a_tokenizer():
+    assert await warnings_of_text() == []
+    assert await warnings_of_text(has_tokenizer=False) == []
+
+
+async def test_a_chat_template_that_refuses_is_a_warning():
+    [warning] = await warnings_of_text(chat=letters_chat("{{ raise_exception('never') }}"))
+    assert warning.startswith("A messages request is refused")
+    assert "never" in warning
+
+
+def test_the_ladder_has_every_length_and_every_batch():
+    probe = ProbeShape("m", vocab_size=9, prompt_tokens=16, new_tokens=2, max_request_tokens=600)
+    shapes = list(ladder(probe, 512, 6))
+    assert [shape.prompt_tokens for shape in shapes] == [512, 128, 32, 8, 2, 1]
+    assert [shape.new_tokens for shape in shapes] == [2, 3, 4, 5, 6, 7]
+    short = dataclasses.replace(probe, max_request_tokens=8)
+    assert all(shape.prompt_tokens + shape.new_tokens <= 8 for shape in ladder(short, 512, 6))
+
+
+def test_programs_for_a_gpu_meet_a_whole_step():
+    assert longest_prompt(Config()) == 16
+    assert longest_prompt(Config(device="cuda")) == 512
+    assert longest_prompt(Config(warmup={"longest_prompt_tokens": 99})) == 99

@@ -1,0 +1,86 @@
+"""What a probe may take: the operator's limits, or those that the measured roofline gives.
+
+A start measures how long one resident expert takes and how fast the disk reads. From these and from
+how many experts have no place in memory follows what a prompt and a token should take; the default
+limits leave SLACK times that, and a constant for everything that is not weights. They are there to
+catch a machine that is not as it should be, not to promise a service level: that is the operator's.
+"""
+
+import math
+from dataclasses import dataclass
+
+from moe_server.budget import MemoryPlan
+from moe_server.config import WarmupConfig
+from moe_server.warmup.probe import Probe
+
+SLACK = 4.0
+TTFT_CONSTANT_S = 1.0
+TPOT_CONSTANT_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What a start has measured; 0: not known."""
+
+    expert_s: float = 0.0
+    """One expert that is on the device, with one row."""
+    disk_bytes_per_s: float = 0.0
+
+    def best_of(self, other: "Speeds") -> "Speeds":
+        """A machine that was once this fast can be so again: what ails it excuses nothing."""
+        known = [one.expert_s for one in (self, other) if one.expert_s]
+        disk = max(self.disk_bytes_per_s, other.disk_bytes_per_s)
+        return Speeds(min(known, default=0.0), disk)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a prompt and a token have to compute and to bring in."""
+
+    num_layers: int
+    num_experts: int
+    """Of a layer."""
+    num_experts_per_token: int
+    plan: MemoryPlan
+
+    def step_s(self, num_tokens: int, speeds: Speeds) -> float:
+        """Seconds of one step with so many tokens, each with experts of its own choice."""
+        plan = self.plan
+        wanted = min(self.num_experts, num_tokens * self.num_experts_per_token)
+        absent = wanted * plan.num_absent / max(1, plan.num_experts_total)
+        read_s = plan.expert_bytes / speeds.disk_bytes_per_s if speeds.disk_bytes_per_s else 0.0
+        # What is dense takes as long as experts of as many bytes do.
+        dense_s = speeds.expert_s * plan.dense_bytes / max(1, plan.expert_bytes)
+        return dense_s + self.num_layers * (wanted * speeds.expert_s + absent * read_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The longest that a probe may take, in milliseconds; infinite: any time."""
+
+    max_ttft_ms: float = math.inf
+    """Time to first token."""
+    max_tpot_ms: float = math.inf
+    """Time per output token after the first."""
+
+    @classmethod
+    def of(cls, config: WarmupConfig, work: Work, speeds: Speeds, prompt_tokens: int) -> "Limits":
+        """The configured ones, and for those that are unset what the roofline says."""
+        ttft_s = SLACK * work.step_s(prompt_tokens, speeds) + TTFT_CONSTANT_S
+        tpot_s = SLACK * work.step_s(1, speeds) + TPOT_CONSTANT_S
+        return cls(
+            1000 * ttft_s if config.max_ttft_ms is None else config.max_ttft_ms,
+            1000 * tpot_s if config.max_tpot_ms is None else config.max_tpot_ms,
+        )
+
+    def missed(self, probe: Probe) -> str:
+        """Which limits a probe missed and by how much; empty where it kept them."""
+        measured = (
+            ("time to first token", "max_ttft_ms", 1000 * probe.ttft_s, self.max_ttft_ms),
+            ("time per output token", "max_tpot_ms", 1000 * probe.tpot_s, self.max_tpot_ms),
+        )
+        return "; ".join(
+            f"{what} {took_ms:.1f} ms, {took_ms - limit_ms:.1f} ms over {key} = {limit_ms:.10g}"
+            for what, key, took_ms, limit_ms in measured
+            if took_ms > limit_ms
+        )

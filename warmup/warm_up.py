@@ -1,0 +1,191 @@
+"""The warm-up and the proof behind READY: real requests through the real listener.
+
+After the first successful load: requests of all shapes side by side, then probes one after another.
+READY means that every probe of one round kept the limits. An engine that takes the place of one
+that was proven finds the same machine, and its experts where they were: one probe is enough, unless
+that misses a limit.
+
+Knows the protocol and an address; neither the supervisor that awaits it nor the engine.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import grpc
+import structlog
+
+from moe_server.config import WarmupConfig
+from moe_server.errors import MoeServerError, Reason
+from moe_server.proto.moe_server.v1 import generation_pb2, generation_pb2_grpc
+from moe_server.warmup.limits import Limits
+from moe_server.warmup.probe import PROBE_TIMEOUT_S, Probe, ProbeShape, send_probe
+from moe_server.warmup.stages import PROOF, SHAPES, StageLog
+
+log = structlog.get_logger(__name__)
+
+FIRST_BACKOFF_S = 0.2
+LONGEST_BACKOFF_S = 5.0
+"""Between two tries of a stage."""
+
+REFUSALS = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+"""What a checkpoint cannot do is no failure of the machine."""
+
+
+class LimitsMissedError(MoeServerError):
+    """A round of the proof was too slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRequests:
+    """What is sent before the proof."""
+
+    shapes: Sequence[ProbeShape]
+    """Side by side."""
+    as_people_send_it: generation_pb2.GenerateStreamRequest | None
+    """Beside them."""
+
+
+class WarmUp:
+    """The warm-up of one model; `prove` runs once for every life of its engine.
+
+    Args:
+        config: Probes, attempts, and what happens when the limits are missed.
+        shape: What every probe asks for.
+        first: Sent once.
+        target: The server's own listener.
+        metadata: Lets its requests in before READY.
+        stages: Where its stages are noted.
+    """
+
+    def __init__(
+        self,
+        config: WarmupConfig,
+        shape: ProbeShape,
+        first: FirstRequests,
+        target: str,
+        metadata: Sequence[tuple[str, str]],
+        stages: StageLog,
+    ) -> None:
+        self._config = config
+        self._shape = shape
+        self._first = first
+        self._target = target
+        self._metadata = metadata
+        self._stages = stages
+        self.limits = Limits()
+        """Of this life's proof."""
+        self.probes: list[Probe] = []
+        """Every probe of this life, in order; READY rests on the last ones."""
+        self.degraded = ""
+        """READY all the same: what the proof missed. Otherwise empty."""
+        self._was_proven = False
+        self._seeds = count()
+        """They go on from round to round and from life to life: a prompt seen before would find its
+        experts in memory."""
+
+    async def prove(self, limits: Limits) -> None:
+        """Returns when every probe of a round kept the limits, or when that is not insisted on.
+
+        Raises:
+            MoeServerError: No round did; the message says what was missed and by how much.
+                UNAVAILABLE where the last one failed for a cause that can pass.
+        """
+        self.limits, self.probes, self.degraded = limits, [], ""
+        # A proxy that the environment names is for the way out, not for our own listener.
+        options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+        async with grpc.aio.insecure_channel(self._target, options=options) as channel:
+            if not self._was_proven:
+                await self._stage(SHAPES, lambda _: self._send_shapes(channel))
+            try:
+                # After a restart a short round comes first, which counts only if it succeeds.
+                first = 0 if self._was_proven else 1
+                await self._stage(PROOF, lambda attempt: self._round(channel, attempt), first)
+            except LimitsMissedError as error:
+                if self._config.if_missed == "fail":
+                    raise
+                self.degraded = error.message
+                log.warning("ready, but slower than its limits", missed=error.message)
+                return
+        self._was_proven = True
+
+    async def _stage(
+        self, name: str, work: Callable[[int], Awaitable[None]], first: int = 1
+    ) -> None:
+        """Does `work` until it succeeds, from attempt number `first` to the last one allowed."""
+        backoff_s = FIRST_BACKOFF_S
+        for attempt in range(first, self._config.attempts + 1):
+            self._stages.enter(name)
+            try:
+                await work(attempt)
+            except MoeServerError as error:
+                failure = error
+            except grpc.aio.AioRpcError as error:
+                failure = _failure(error)
+            else:
+                self._stages.finish()
+                return
+            self._stages.fail(failure.message)
+            log.warning("warm-up failed", stage=name, attempt=attempt, failure=failure.message)
+            if 0 < attempt < self._config.attempts:
+                self._stages.doing = f"{name} again in {backoff_s:g} s: {failure.message}"
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+        raise type(failure)(
+            f"The {name} failed {self._config.attempts} times; last: {failure.message}.",
+            "Give more memory (see `moe-server plan`), or raise the limit.",
+            reason=failure.reason,
+        )
+
+    async def _send_shapes(self, channel: grpc.aio.Channel) -> None:
+        requests: list[Awaitable[object]] = [
+            send_probe(channel, shape, next(self._seeds), self._metadata)
+            for shape in self._first.shapes
+        ]
+        if self._first.as_people_send_it is not None:
+            requests.append(self._send(channel, self._first.as_people_send_it))
+        self._stages.doing = f"{len(requests)} requests side by side"
+        await asyncio.gather(*requests)
+
+    async def _send(
+        self, channel: grpc.aio.Channel, request: generation_pb2.GenerateStreamRequest
+    ) -> None:
+        """Sends a request; that it is refused is worth a warning."""
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+        call = stub.GenerateStream(request, metadata=self._metadata, timeout=PROBE_TIMEOUT_S)
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in REFUSALS:
+                raise
+            warning = f"A {request.WhichOneof('prompt')} request is refused: {error.details()}"
+            self._stages.warn([warning])
+            log.warning("warm-up", found=warning)
+
+    async def _round(self, channel: grpc.aio.Channel, attempt: int) -> None:
+        num_probes = self._config.probes if attempt else 1
+        for index in range(1, num_probes + 1):
+            self._stages.doing = f"round {attempt}: probe {index} of {num_probes}"
+            probe = await send_probe(channel, self._shape, next(self._seeds), self._metadata)
+            self.probes.append(probe)
+            log.info("probe", attempt=attempt, index=index, ttft_ms=round(1000 * probe.ttft_s, 2))
+            missed = self.limits.missed(probe)
+            if missed:
+                raise LimitsMissedError(
+                    f"probe {index} of {num_probes}: {missed}", reason=Reason.UNSUPPORTED
+                )
+        self._stages.doing = f"proven in round {attempt}"
+
+
+def _failure(error: grpc.aio.AioRpcError) -> MoeServerError:
+    is_passing = error.code() is grpc.StatusCode.UNAVAILABLE
+    return MoeServerError(
+        f"a request failed with {error.code().name}: {error.details()}",
+        reason=Reason.UNAVAILABLE if is_passing else Reason.UNSUPPORTED,
+    )
