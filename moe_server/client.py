@@ -283,6 +283,26 @@ class Client:
         with self._readable_errors():
             self._admin.Undrain(admin_pb2.UndrainRequest(), timeout=self._timeout_s)
 
+    def record_requests(self, model: str, count: int, timeout_s: float) -> Iterator[str]:
+        """Yields real requests as the server accepts them: lines for the file of warmup.requests.
+
+        Args:
+            model: Those to which; empty: the server's first.
+            count: It ends after so many,
+            timeout_s: or when this time is over.
+
+        Raises:
+            MoeServerError: The server refused; its configuration may not let them be recorded.
+        """
+        request = admin_pb2.RecordRequestsRequest(model=model, count=count)
+        with self._readable_errors():
+            try:
+                for response in self._admin.RecordRequests(request, timeout=timeout_s):
+                    yield response.line
+            except grpc.RpcError as error:
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    raise
+
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:
         try:

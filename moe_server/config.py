@@ -142,6 +142,11 @@ class WarmupConfig(Section):
     the start say, and 250 ms; inf: any."""
     attempts: int = Field(5, ge=1)
     """Tries of each stage of the warm-up, with growing pauses, before it counts as failed."""
+    requests: Path | None = None
+    """A file of `moe-server warmup record`, whose requests are sent before the probes."""
+    recording: Literal["off", "shapes", "text"] = "off"
+    """What `moe-server warmup record` may take from real requests. off: nothing; shapes: lengths,
+    sampling, no words; text: the requests themselves."""
     if_missed: Literal["fail", "serve"] = "fail"
     """When no attempt kept the limits. fail: FAILED, and tried again until one does; serve: READY,
     and told as degraded in status and metrics."""

@@ -156,15 +156,18 @@ async def front_door(
     until: ServerState = ServerState.READY,
     command: Sequence[str] = FAKE_ENGINE,
     beside: Sequence[ModelSetup] = (),
+    first: ModelSetup | None = None,
 ) -> AsyncIterator[FrontDoor]:
     """A server of one model, and of those `beside` it."""
     config = config or make_config()
-    first = setup(*engine_flags, config=config, model=model, patience=patience, command=command)
+    first = first or setup(
+        *engine_flags, config=config, model=model, patience=patience, command=command
+    )
     setups = [first, *beside]
     server = ShortServer(config, [Startup(setup.model.name) for setup in setups])
     await server.open()
-    server.models.start(setups)
     try:
+        server.models.start(setups)
         async with grpc.aio.insecure_channel(server.address) as channel:
             door = FrontDoor(server, channel)
             await door.reach(until)

@@ -17,10 +17,13 @@ DENSE = "dense weights"
 IN_MEMORY = "experts in memory"
 EVERY_EXPERT = "every expert"
 SHAPES = "request shapes"
+RECORDED = "recorded requests"
 PROOF = "proof"
 
-STAGES = (PREFLIGHT, LIBRARIES, DENSE, IN_MEMORY, EVERY_EXPERT, SHAPES, PROOF)
+STAGES = (PREFLIGHT, LIBRARIES, DENSE, IN_MEMORY, EVERY_EXPERT, SHAPES, RECORDED, PROOF)
 """All of a start, in order."""
+
+MAX_WARNINGS = 10
 
 RATE_WINDOW_S = 5.0
 """A rate is over what came in so long: a disk's speed changes within minutes."""
@@ -137,9 +140,10 @@ class StageLog:
             stage.seen.popleft()
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Notes what the stage in progress has found."""
+        """Notes what the stage in progress has found, each finding once and not without end."""
         if self._running is not None:
-            self._running.warnings = tuple(warnings)
+            found = dict.fromkeys((*self._running.warnings, *warnings))
+            self._running.warnings = tuple(found)[:MAX_WARNINGS]
 
     def finish(self) -> None:
         """The stage in progress, if there is one, is done."""

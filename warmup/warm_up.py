@@ -21,7 +21,7 @@ from moe_server.errors import MoeServerError, Reason
 from moe_server.proto.moe_server.v1 import generation_pb2, generation_pb2_grpc
 from moe_server.warmup.limits import Limits
 from moe_server.warmup.probe import PROBE_TIMEOUT_S, Probe, ProbeShape, send_probe
-from moe_server.warmup.stages import PROOF, SHAPES, StageLog
+from moe_server.warmup.stages import PROOF, RECORDED, SHAPES, StageLog
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +49,8 @@ class FirstRequests:
     """Side by side."""
     as_people_send_it: generation_pb2.GenerateStreamRequest | None
     """Beside them."""
+    recorded: Sequence[generation_pb2.GenerateStreamRequest] = ()
+    """After them, so many at a time as there are shapes."""
 
 
 class WarmUp:
@@ -102,6 +104,8 @@ class WarmUp:
         async with grpc.aio.insecure_channel(self._target, options=options) as channel:
             if not self._was_proven:
                 await self._stage(SHAPES, lambda _: self._send_shapes(channel))
+                if self._first.recorded:
+                    await self._stage(RECORDED, lambda _: self._send_recorded(channel))
             try:
                 # After a restart a short round comes first, which counts only if it succeeds.
                 first = 0 if self._was_proven else 1
@@ -151,6 +155,21 @@ class WarmUp:
             requests.append(self._send(channel, self._first.as_people_send_it))
         self._stages.doing = f"{len(requests)} requests side by side"
         await asyncio.gather(*requests)
+
+    async def _send_recorded(self, channel: grpc.aio.Channel) -> None:
+        recorded, places = self._first.recorded, asyncio.Semaphore(len(self._first.shapes))
+        num_sent = 0
+
+        async def send(request: generation_pb2.GenerateStreamRequest) -> None:
+            nonlocal num_sent
+            async with places:
+                await self._send(channel, request)
+            num_sent += 1
+            self._stages.doing = f"{num_sent} of {len(recorded)} recorded requests"
+
+        async with asyncio.TaskGroup() as sending:
+            for request in recorded:
+                sending.create_task(send(request))
 
     async def _send(
         self, channel: grpc.aio.Channel, request: generation_pb2.GenerateStreamRequest

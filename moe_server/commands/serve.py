@@ -20,6 +20,7 @@ from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
 from moe_server.startup import Startup
 from moe_server.tokenizer import load_tokenizer
+from moe_server.warmup.recorded import read_requests
 from moe_server.warmup.stages import PREFLIGHT
 
 log = structlog.get_logger(__name__)
@@ -75,6 +76,7 @@ def _setup(planned: PlannedModel) -> ModelSetup:
         config,
         ServedModel.of(config, checkpoint, planned.plan, tokenizer, chat),
         Patience(busy_s=longest_step_s(config, checkpoint.num_active_parameters)),
+        requests=read_requests(config.warmup.requests) if config.warmup.requests else (),
     )
 
 

@@ -15,6 +15,7 @@ import structlog
 
 from moe_server.client import Client, UnreachableError
 from moe_server.commands.finite import POSITIVE, SECONDS
+from moe_server.commands.record import record
 from moe_server.commands.startup import NotReadyError, state_name, wait_ready
 from moe_server.config import WarmupConfig
 from moe_server.errors import MoeServerError, Reason
@@ -34,11 +35,12 @@ class LimitMissedError(MoeServerError):
     """A probe took longer than allowed."""
 
 
-@click.command(
+@click.group(
+    invoke_without_command=True,
     epilog="Example: moe-server warmup --target 127.0.0.1:50051 --max-ttft-ms 500 --timeout 900 "
-    "--report warmup.json"
+    "--report warmup.json",
 )
-@click.option("--target", required=True, metavar="HOST:PORT")
+@click.option("--target", metavar="HOST:PORT", help="Required.")
 @click.option(
     "--max-ttft-ms",
     type=POSITIVE,
@@ -62,8 +64,10 @@ class LimitMissedError(MoeServerError):
     help="Write it as JUnit's XML here: a case for each stage and probe.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report to stdout.")
+@click.pass_context
 def warmup(
-    target: str,
+    ctx: click.Context,
+    target: str | None,
     max_ttft_ms: float | None,
     timeout: float,
     report: Path | None,
@@ -78,6 +82,10 @@ def warmup(
     3: no server there; 4: not ready in time, failed, or a probe got no answer; 5: a probe missed
     the limit.
     """
+    if ctx.invoked_subcommand is not None:
+        return
+    if target is None:
+        raise click.MissingParameter(ctx=ctx, param_hint="'--target'", param_type="option")
     findings: dict[str, Any] = {
         "target": target,
         "passed": False,
@@ -106,6 +114,9 @@ def warmup(
             _write(partials[junit], junit, junit_xml(findings))
         if as_json:
             click.echo(text)
+
+
+warmup.add_command(record)
 
 
 def _prove(

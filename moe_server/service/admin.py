@@ -22,6 +22,7 @@ from moe_server.service.running_model import RunningModel
 from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.warmup.probe import Probe
+from moe_server.warmup.recorded import to_line
 from moe_server.warmup.stages import STAGES, Stage, StageLog, StageState
 from moe_server.warmup.warm_up import WarmUp
 
@@ -144,6 +145,21 @@ class AdminService:
         log.info("undrain", peer=context.peer())
         self._registry.undrain()
         return pb.UndrainResponse()
+
+    async def RecordRequests(  # noqa: N802  # named by the protocol
+        self, request: pb.RecordRequestsRequest, context: Context
+    ) -> None:
+        """Real requests, where the configuration lets them be recorded."""
+        self._refuse_strangers(context)
+        running = self._registry.find(request.model)
+        if request.count < 1:
+            raise MoeServerError("count is 0; expected at least 1.", field="count")
+        log.info("recording requests", peer=context.peer(), model=running.name)
+        with running.recorder.listen() as unread:
+            # The caller knows that it misses none from here on.
+            await context.send_initial_metadata(())
+            for _ in range(request.count):
+                await context.write(pb.RecordRequestsResponse(line=to_line(await unread.get())))
 
     def _warm_up(self, name: str) -> WarmUp | None:
         return next((one.warm_up for one in self._registry if one.name == name), None)

@@ -20,6 +20,7 @@ from moe_server.open_requests import OpenRequest
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service import validation
 from moe_server.service.deadline import deadline_of
+from moe_server.service.recorder import Recorder
 from moe_server.service.registration import Context
 from moe_server.service.registry import Registry
 from moe_server.service.request_metrics import FollowedRequest, RequestMetrics
@@ -101,7 +102,8 @@ class GenerationService:
         remedy = "Allow more time or ask for fewer tokens."
         metrics = self._uncounted if is_probe else self._metrics
         with metrics.follow(running.name) as followed, ExitStack() as places:
-            completion = _Completion(running, write, admit, followed)
+            recorder = None if is_probe else running.recorder
+            completion = _Completion(running, write, admit, followed, recorder)
             async with deadline_of(context, lambda: completion.stage, remedy) as deadline:
                 await completion.run(request, places, deadline)
 
@@ -129,12 +131,14 @@ class _Completion:
         write: Write,
         admit: Callable[[], AbstractContextManager[OpenRequest]],
         followed: FollowedRequest,
+        recorder: Recorder | None,
     ) -> None:
         self._running = running
         self._model = running.model
         self._write = write
         self._admit = admit
         self._followed = followed
+        self._recorder = recorder
         self._writing = asyncio.Lock()
         self._num_tokens = 0
         self.stage = "its prompt was tokenised"
@@ -161,6 +165,8 @@ class _Completion:
         for sample, submit in zip(samples, submits, strict=True):
             self._running.supervisor.submit(sample.request, submit)
         self._followed.accept()
+        if self._recorder is not None:
+            self._recorder.offer(request, len(prompt))
         self.stage = "it waited for its first token"
         started = pb.Started(
             request_id=f"{self._running.id_prefix}-{first.request.request_id}",

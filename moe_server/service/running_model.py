@@ -15,13 +15,16 @@ from moe_server.config import ModelConfig
 from moe_server.constraints.trials import Trials
 from moe_server.messages import Loaded
 from moe_server.patience import Patience
+from moe_server.proto.moe_server.v1.generation_pb2 import RecordedRequest
 from moe_server.service.prompts import Prompts
+from moe_server.service.recorder import Recorder
 from moe_server.service.served_model import ServedModel
 from moe_server.startup import Startup
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.ladder import as_people_send_it, ladder, longest_prompt
 from moe_server.warmup.limits import Limits, Speeds, Work
 from moe_server.warmup.probe import ProbeShape
+from moe_server.warmup.recorded import of_model
 from moe_server.warmup.warm_up import FirstRequests, WarmUp
 
 MAX_TOKENISING = 2
@@ -38,6 +41,8 @@ class ModelSetup:
     """As in Supervisor."""
     engine_command: Sequence[str] = ENGINE_COMMAND
     """As in Supervisor."""
+    requests: Sequence[RecordedRequest] = ()
+    """Recorded ones, which the warm-up sends; those to other models among them are left out."""
 
 
 class RunningModel:
@@ -84,11 +89,12 @@ class RunningModel:
         self.warm_up = WarmUp(
             config.warmup,
             self._shape,
-            self._first_requests(),
+            self._first_requests(setup.requests),
             target=target,
             metadata=probe_metadata,
             stages=startup.stages,
         )
+        self.recorder = Recorder(config.warmup, model.name)
         self.prompts = Prompts(model, MAX_TOKENISING)
         self.prompts_to_show = Prompts(model, at_once=1)
         """Those that are only to be tokenised: they wait for one another, no request for them."""
@@ -115,13 +121,15 @@ class RunningModel:
         work = Work(model.num_layers, model.num_experts, model.num_experts_per_token, model.memory)
         return Limits.of(self.config.warmup, work, self._speeds, self._shape.prompt_tokens)
 
-    def _first_requests(self) -> FirstRequests:
+    def _first_requests(self, recorded: Sequence[RecordedRequest]) -> FirstRequests:
         config, model = self.config, self.model
         batch = min(config.warmup.batch, config.scheduler.max_running)
         sends_text = config.warmup.text and model.tokenizer is not None
         text = as_people_send_it(model.name, is_chat=model.chat is not None)
         return FirstRequests(
-            list(ladder(self._shape, longest_prompt(config), batch)), text if sends_text else None
+            list(ladder(self._shape, longest_prompt(config), batch)),
+            text if sends_text else None,
+            of_model(recorded, model.name, model.vocab_size),
         )
 
     def start(self, *, draining: bool) -> None:

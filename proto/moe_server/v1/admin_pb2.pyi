@@ -291,3 +291,17 @@ class UndrainRequest(_message.Message):
 class UndrainResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class RecordRequestsRequest(_message.Message):
+    __slots__ = ("model", "count")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    count: int
+    def __init__(self, model: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class RecordRequestsResponse(_message.Message):
+    __slots__ = ("line",)
+    LINE_FIELD_NUMBER: _ClassVar[int]
+    line: str
+    def __init__(self, line: _Optional[str] = ...) -> None: ...

@@ -56,6 +56,11 @@ class AdminServiceStub(object):
                 request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
                 response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
                 _registered_method=True)
+        self.RecordRequests = channel.unary_stream(
+                '/moe_server.v1.AdminService/RecordRequests',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -91,6 +96,14 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordRequests(self, request, context):
+        """Generation requests as they are accepted, until `count` have come. FAILED_PRECONDITION unless
+        warmup.recording lets it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -113,6 +126,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Undrain,
                     request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainRequest.FromString,
                     response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainResponse.SerializeToString,
+            ),
+            'RecordRequests': grpc.unary_stream_rpc_method_handler(
+                    servicer.RecordRequests,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -225,6 +243,33 @@ class AdminService(object):
             '/moe_server.v1.AdminService/Undrain',
             moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
             moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordRequests(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_server.v1.AdminService/RecordRequests',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -436,3 +436,19 @@ class EmbedResponse(_message.Message):
     embedding: _containers.RepeatedScalarFieldContainer[float]
     usage: Usage
     def __init__(self, model: _Optional[str] = ..., embedding: _Optional[_Iterable[float]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class RecordedRequest(_message.Message):
+    __slots__ = ("request", "random_prompt")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    RANDOM_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    request: GenerateStreamRequest
+    random_prompt: RandomPrompt
+    def __init__(self, request: _Optional[_Union[GenerateStreamRequest, _Mapping]] = ..., random_prompt: _Optional[_Union[RandomPrompt, _Mapping]] = ...) -> None: ...
+
+class RandomPrompt(_message.Message):
+    __slots__ = ("tokens", "seed")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    seed: int
+    def __init__(self, tokens: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
