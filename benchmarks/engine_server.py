@@ -22,6 +22,8 @@ from moe_server.proto.moe_server.v1 import admin_pb2
 POLL_S = 0.02
 START_TIMEOUT_S = 300
 END_TIMEOUT_S = 60
+NO_HOT_SET = {"MOE_SERVER_WARMUP__HOT_SET": "off"}
+"""No run is to find what an earlier one has learned."""
 
 
 class ServerFailedError(Exception):
@@ -54,7 +56,7 @@ def running_server(
             within(groups, [*command, *flags]),
             stdout=printed,
             stderr=printed,
-            env={**os.environ, **(environ or {})},
+            env={**os.environ, **NO_HOT_SET, **(environ or {})},
         )
     try:
         yield process

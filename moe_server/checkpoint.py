@@ -139,6 +139,12 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.dense.values())
 
     @property
+    def routers(self) -> list[DenseTensor]:
+        """The weights that choose experts, by layer; none where there are no experts."""
+        names = (f"model.layers.{layer}.mlp.gate.weight" for layer in range(self.num_layers))
+        return [self.dense[name] for name in names] if self.experts else []
+
+    @property
     def embedding(self) -> DenseTensor:
         """The token embedding's weights."""
         return self.dense[f"{EMBEDDING}.weight"]

@@ -66,6 +66,12 @@ def _not_empty(text: str) -> str:
     return text
 
 
+def _a_path(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError('expected a path, "auto" or "off"')
+    return text
+
+
 def _not_unix(address: str) -> str:
     if address.startswith(UNIX):
         raise ValueError("expected HOST:PORT or [IPV6]:PORT")
@@ -142,6 +148,12 @@ class WarmupConfig(Section):
     the start say, and 250 ms; inf: any."""
     attempts: int = Field(5, ge=1)
     """Tries of each stage of the warm-up, with growing pauses, before it counts as failed."""
+    hot_set: Annotated[str, AfterValidator(_a_path)] = "auto"
+    """A file that says which experts were wanted most: read at the start, so that those are loaded
+    first and stay in memory, and written while serving. "auto": a file for each checkpoint below
+    $XDG_STATE_HOME (~/.local/state); "off": none."""
+    hot_set_every_s: float = Field(60.0, gt=0)
+    """Between two writes of that file; a drain writes it, too."""
     requests: Path | None = None
     """A file of `moe-server warmup record`, whose requests are sent before the probes."""
     recording: Literal["off", "shapes", "text"] = "off"
@@ -284,6 +296,7 @@ def load_config(
 def _check_models(config: Config, given: Sequence[Mapping[str, Any]]) -> None:
     """What one model's keys alone do not say."""
     names: set[str] = set()
+    hot_sets: set[str] = set()
     for index, model in enumerate(config.all_models):
         prefix = f"models[{index - 1}]." if index else ""
         if index and "model" not in given[index - 1]:
@@ -299,6 +312,14 @@ def _check_models(config: Config, given: Sequence[Mapping[str, Any]]) -> None:
                 field=f"{prefix}model_name",
             )
         names.add(model.served_name)
+        hot_set = model.warmup.hot_set
+        if hot_set in hot_sets - {"auto", "off"}:
+            raise MoeServerError(
+                f"Two models have the hot set {hot_set!r}; each would overwrite the other's.",
+                f'Give one of them another {prefix}warmup.hot_set, or "auto".',
+                field=f"{prefix}warmup.hot_set",
+            )
+        hot_sets.add(hot_set)
         if model.zero3_config is not None:
             _check_json(model.zero3_config, f"{prefix}zero3_config")
 

@@ -19,14 +19,20 @@ from moe_server.deadlines import hopeless
 from moe_server.errors import MoeServerError, Reason
 from moe_server.kernels import native
 from moe_server.messages import (
+    Cancel,
     EngineLoad,
     ExpertCounters,
     FinishReason,
+    FromEngine,
+    HotSet,
     Offload,
     RequestFailed,
     StepDone,
     Submit,
+    TellHotSet,
+    ToEngine,
     TokenEvent,
+    Vocabulary,
 )
 from moe_server.model import Model
 from moe_server.offload.counters import CacheCounters
@@ -87,7 +93,21 @@ class Engine:
         self.compiler = Compiler()
         self._costs = StepCosts()
         self._num_hopeless = 0
+        self._told_every_s = config.warmup.hot_set_every_s
+        self._told_at, self._num_told, self._is_asked = time.monotonic(), 0, False
         self._failed: list[RequestFailed] = []
+
+    def take(self, message: ToEngine) -> None:
+        """Does what the supervisor asks for; Shutdown is not for the engine."""
+        match message:
+            case Submit():
+                self.submit(message)
+            case Cancel(request_id):
+                self.cancel(request_id)
+            case Vocabulary():
+                self.compiler.use(message)
+            case TellHotSet():
+                self._is_asked = True
 
     def submit(self, request: Submit) -> None:
         """Queues a request, once its constraint is compiled if it has one."""
@@ -128,6 +148,15 @@ class Engine:
             tokens = self._postprocess(completing, sampled)
         failed, self._failed = self._failed, []
         return StepDone(self._load(), tokens, failed)
+
+    def between_steps(self) -> list[FromEngine]:
+        """What is to be told beside the steps: the hot set, where it is asked for or due."""
+        uses, now = self.weights.uses, time.monotonic()
+        is_due = now - self._told_at >= self._told_every_s and uses.num_noted > self._num_told
+        if not (is_due or self._is_asked):
+            return []
+        self._told_at, self._num_told, self._is_asked = now, uses.num_noted, False
+        return [HotSet(uses.visits(), uses.shares())]
 
     def cancel_all(self) -> None:
         """Forgets all requests: a step that waits for the disk ends."""

@@ -2,9 +2,10 @@
 
 Started by the supervisor: ADDRESS is its socket, MEMORY the descriptor of the file that experts are
 kept in from one engine to the next, PULSE that of the page where the watchdog looks,
-SUPERVISOR the process id of who started it. Gets the configuration as the first frame, loads, and
-then repeats: drain the inbox, run a step, send what it brought in one message. Sends a heartbeat
-while idle. Ends on Shutdown or when the supervisor is gone; Ctrl-C is the supervisor's business.
+SUPERVISOR the process id of who started it. Gets the configuration as the first frame and the hot
+set as the second, loads, and then repeats: drain the inbox, run a step, send what it brought in one
+message. Sends a heartbeat while idle, and now and then how often experts were wanted. Ends on
+Shutdown or when the supervisor is gone; Ctrl-C is the supervisor's business.
 """
 
 import ctypes
@@ -23,15 +24,13 @@ from moe_server.checkpoint import read_checkpoint
 from moe_server.config import ModelConfig
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import (
-    Cancel,
     Fatal,
     FromEngine,
+    HotSet,
     Loaded,
     Progress,
     Shutdown,
-    Submit,
     ToEngine,
-    Vocabulary,
 )
 from moe_server.pulse import Pulse
 from moe_server.warmup.stages import LIBRARIES
@@ -106,6 +105,9 @@ def _serve(
     config: ModelConfig, memory: int, pulse: Pulse, socket: "zmq.Socket[bytes]", outbox: Outbox
 ) -> None:
     started = time.monotonic()
+    decoder = msgspec.msgpack.Decoder(ToEngine)
+    hot_set = decoder.decode(socket.recv())
+    assert isinstance(hot_set, HotSet), hot_set
     checkpoint = read_checkpoint(config.model_path)
     plan = plan_memory(config, checkpoint)
     outbox.progress(Progress(LIBRARIES))
@@ -114,7 +116,7 @@ def _serve(
     # The disk works while libraries are imported; a lower interval lets its threads have the GIL.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     lasting = lasting_memory(memory, config, checkpoint, plan)
-    weights = Weights(config, checkpoint, plan, lasting)
+    weights = Weights(config, checkpoint, plan, lasting, hot_set)
     weights.begin()
     pulse.give(lambda: weights.reader.counters.bytes)
     # Heavy imports, after the messages that tell the front door we live.
@@ -122,22 +124,17 @@ def _serve(
     from moe_server.warmup.preload import preload, resident_expert_s  # noqa: PLC0415
 
     is_shutdown = False
-    decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def drain_inbox(timeout_ms: int = 0) -> None:
         nonlocal is_shutdown
         while not is_shutdown and socket.poll(timeout_ms):
             timeout_ms = 0
-            match decoder.decode(socket.recv()):
-                case Submit() as request:
-                    engine.submit(request)
-                case Cancel(request_id):
-                    engine.cancel(request_id)
-                case Vocabulary() as vocabulary:
-                    engine.compiler.use(vocabulary)
-                case Shutdown():
-                    is_shutdown = True
-                    engine.cancel_all()
+            message = decoder.decode(socket.recv())
+            if isinstance(message, Shutdown):
+                is_shutdown = True
+                engine.cancel_all()
+            else:
+                engine.take(message)
 
     engine = Engine(config, plan, weights, drain_inbox)
     preload(engine, config, plan, outbox.progress)
@@ -156,6 +153,8 @@ def _serve(
             engine.close()
             return
         outbox.send(engine.step())
+        for message in engine.between_steps():
+            outbox.send(message)
 
 
 def _check_cuda() -> None:

@@ -21,6 +21,7 @@ from moe_server.kernels.gpu.routing import DevicePlan, plan_chosen
 from moe_server.kernels.routing import RoutingPlan, plan_routing
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.prefetch import LookAhead
+from moe_server.offload.uses import Uses
 from moe_server.record_run import RecordRun
 from moe_server.slot_run import SlotRun, Slots
 from moe_server.step import Step
@@ -34,6 +35,7 @@ class LayerExperts:
     Args:
         checkpoint: Their sizes.
         cache: Where they are.
+        uses: Where it is noted which were wanted.
         activation: Of their gates.
         device: Where rows are.
         uses_slots: Compute by the GPU's kernels, in slots.
@@ -43,6 +45,7 @@ class LayerExperts:
         self,
         checkpoint: Checkpoint,
         cache: ExpertCache,
+        uses: Uses,
         activation: Activation,
         device: torch.device,
         *,
@@ -55,6 +58,7 @@ class LayerExperts:
         self.look_ahead: LookAhead | None = None
         self._checkpoint = checkpoint
         self._cache = cache
+        self._uses = uses
         self._layout = checkpoint.record_layout
         self._activation = activation
         self._device = device
@@ -79,6 +83,7 @@ class LayerExperts:
         wanted = experts
         if not step.are_all_wanted():
             wanted = [one for one in experts if step.requests_of(plan.rows_of(one).tolist())]
+        self._uses.note(layer, wanted)
         if self.look_ahead is not None and wanted:
             started = time.perf_counter()
             self._cache.predict(layer + 1, self.look_ahead.predict(layer, x_TH))

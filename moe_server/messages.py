@@ -73,6 +73,25 @@ class Vocabulary(msgspec.Struct, frozen=True, tag=True):
     eos_token_ids: list[int]
 
 
+class HotSet(msgspec.Struct, frozen=True, tag=True):
+    """How often experts were wanted of late; see `offload.uses`.
+
+    The second message that an engine gets, and one that it sends now and then.
+    """
+
+    visits: list[float]
+    """By layer; empty where nothing is known."""
+    shares: list[list[float]]
+    """Of each layer's visits, those that wanted each expert."""
+
+
+NO_HOT_SET = HotSet([], [])
+
+
+class TellHotSet(msgspec.Struct, frozen=True, tag=True):
+    """Answer with a HotSet, after the step."""
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """A validated request; the engine answers with token events that carry its id."""
 
@@ -257,5 +276,5 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
         return cls(error.reason, error.message, error.remedy, retry)
 
 
-ToEngine: TypeAlias = Submit | Cancel | Shutdown | Vocabulary
-FromEngine: TypeAlias = StepDone | Progress | Loaded | Fatal
+ToEngine: TypeAlias = Submit | Cancel | Shutdown | Vocabulary | HotSet | TellHotSet
+FromEngine: TypeAlias = StepDone | Progress | Loaded | Fatal | HotSet

@@ -89,7 +89,12 @@ class Model:
             self._module.set_submodule(EMBEDDING, self._embedding)
         self._taps = ReadoutTaps(self._module, readout_rows)
         self.experts = LayerExperts(
-            checkpoint, self.cache, activation, device, uses_slots=uses_slots
+            checkpoint,
+            self.cache,
+            weights.uses,
+            activation,
+            device,
+            uses_slots=uses_slots,
         )
         for number, block in enumerate(blocks):
             self.experts.attach(number, block)

@@ -24,19 +24,23 @@ from moe_server.config import ModelConfig
 from moe_server.engine_link import EngineLink, open_link
 from moe_server.errors import MoeServerError, Reason
 from moe_server.messages import (
+    NO_HOT_SET,
     Cancel,
     EngineLoad,
     Fatal,
+    HotSet,
     Loaded,
     Progress,
     StepDone,
     Submit,
+    TellHotSet,
     ToEngine,
 )
 from moe_server.open_requests import OpenRequest, OpenRequests
 from moe_server.patience import Patience
 from moe_server.startup import Startup
 from moe_server.state import ServerState
+from moe_server.warmup.hot_set import HotSetKeeper
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +72,8 @@ class Supervisor:
         patience: How long to wait for what.
         introduction: Messages for each engine after its configuration.
         startup: Where states and stages are told.
+        hot_set: Tells engines which experts were wanted, and keeps what they tell; None: nobody is
+            told and nothing kept.
     """
 
     def __init__(
@@ -78,7 +84,10 @@ class Supervisor:
         patience: Patience,
         startup: Startup,
         introduction: Sequence[ToEngine] = (),
+        hot_set: HotSetKeeper | None = None,
     ) -> None:
+        self._hot_set = hot_set
+        self._hot_set_told = asyncio.Event()
         self.startup = startup
         self._stages = startup.stages
         self._introduction = introduction
@@ -190,6 +199,8 @@ class Supervisor:
     async def drain(self, wait_s: float = 0.0, *, for_good: bool = False) -> int:
         """Refuses new requests; returns how many are still open after `wait_s` at the latest.
 
+        What the engine knows of its experts' use is saved then.
+
         Args:
             wait_s: How long the open ones may take.
             for_good: The process ends afterwards; `undrain` is refused from now on.
@@ -203,6 +214,7 @@ class Supervisor:
                     await self._requests.wait_empty()
             except TimeoutError:
                 log.info("requests remain after the wait", remaining=len(self._requests))
+        await self._save_hot_set()
         return len(self._requests)
 
     def undrain(self) -> None:
@@ -219,6 +231,19 @@ class Supervisor:
             )
         self._draining = False
         self._publish()
+
+    async def _save_hot_set(self) -> None:
+        """Asks the engine for its hot set and waits until that is written, though not for ever."""
+        if self._hot_set is None or self._link is None or not self._loaded.is_set():
+            return
+        self._hot_set_told.clear()
+        self._link.send(TellHotSet())
+        try:
+            async with asyncio.timeout(self._patience.shutdown_s):
+                await self._hot_set_told.wait()
+                await self._hot_set.saved()
+        except TimeoutError:
+            log.warning("the engine is busy: its hot set stays as it was saved last")
 
     def _enter(self, phase: ServerState) -> None:
         if phase is not self._phase:
@@ -309,6 +334,7 @@ class Supervisor:
 
     async def _read(self, link: EngineLink) -> Loss:
         await link.send_config(self._config.model_dump_json().encode())
+        link.send(NO_HOT_SET if self._hot_set is None else await self._hot_set.latest())
         for introduction in self._introduction:
             link.send(introduction)
         while True:
@@ -331,6 +357,10 @@ class Supervisor:
                     self._measured = message
                     self._loaded.set()
                     self.tried.set()
+                case HotSet():
+                    if self._hot_set is not None:
+                        self._hot_set.keep(message)
+                    self._hot_set_told.set()
                 case Fatal():
                     return Loss(message.message, message.remedy, message.retry)
                 case _:

@@ -18,6 +18,7 @@ from moe_server.budget import READ_BLOCK_BYTES, MemoryPlan, embedding_places
 from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.config import ModelConfig
 from moe_server.errors import MoeServerError, Reason
+from moe_server.messages import NO_HOT_SET, HotSet
 from moe_server.offload.cache import ExpertCache
 from moe_server.offload.checksum import ChecksumBook
 from moe_server.offload.cost import CostModel
@@ -27,6 +28,7 @@ from moe_server.offload.pages import address_of, map_pages
 from moe_server.offload.reader import Reader, ReadTicket
 from moe_server.offload.rows import StoredRows
 from moe_server.offload.shared_pages import is_as_fast_as_private
+from moe_server.offload.uses import Uses
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,7 @@ class Weights:
         checkpoint: What is served.
         plan: How memory is divided.
         lasting: Memory for experts that outlives this process, from `lasting_memory`.
+        hot_set: How often experts were wanted before this process, if that is known.
     """
 
     def __init__(
@@ -55,8 +58,12 @@ class Weights:
         checkpoint: Checkpoint,
         plan: MemoryPlan,
         lasting: LastingMemory | None = None,
+        hot_set: HotSet = NO_HOT_SET,
     ) -> None:
         self.checkpoint = checkpoint
+        self.uses = Uses(checkpoint.num_layers, checkpoint.num_experts)
+        """How often experts are wanted."""
+        self._has_hot_set = bool(hot_set.visits)
         self.num_kept = 0
         """Experts that an earlier process had left in memory."""
         self.reader = Reader(
@@ -92,6 +99,11 @@ class Weights:
                 checkpoint.embedding_layout,
                 embedding_places(config, checkpoint),
             )
+        if self._has_hot_set:
+            self.uses.restore(hot_set.visits, hot_set.shares)
+            self.cache.expect(self.uses)
+        self._ranked = self.uses.ranked()
+        """As they were wanted before this process."""
         self._plan = plan
         self._lasting = lasting
         self._dense: dict[str, _DenseRead] = {}
@@ -99,7 +111,8 @@ class Weights:
     def begin(self) -> None:
         """Begins to read the dense weights and, behind them, as many experts as have a place.
 
-        Those that an earlier process left are not read again.
+        Those that an earlier process left are not read again. Where others have no place, one slot
+        stays free for them to pass through.
         """
         for name, location in self._kept().items():
             # A mapping each: a tensor that is handed on by copying frees its own.
@@ -111,11 +124,22 @@ class Weights:
         # A book of its own: what is in memory teaches nothing of what is on disk.
         book = ChecksumBook(self.checkpoint.checksums)
         self.num_kept = self.cache.tiers.adopt(partial(self._is_intact, book))
-        self.fill()
+        self.fill(spare_slots=1 if self._plan.num_absent else 0)
 
-    def fill(self) -> None:
-        """Begins to read experts into the places that are free."""
-        self.cache.fill(self._by_place_on_disk())
+    def fill(self, spare_slots: int = 0) -> None:
+        """Begins to read the experts that stay in memory into the places that are free."""
+        staying = self.staying()
+        # The hottest first; where none is known to be hot, as they lie on disk.
+        order = staying if self._has_hot_set else sorted(staying, key=self._place_on_disk)
+        self.cache.fill(order, spare_slots=spare_slots)
+
+    def staying(self) -> list[ExpertId]:
+        """As many experts as have a place, an equal share of every layer; the hottest first."""
+        return self._ranked[: self._plan.num_slots + self._plan.num_records]
+
+    def passing(self) -> list[ExpertId]:
+        """The others."""
+        return self._ranked[self._plan.num_slots + self._plan.num_records :]
 
     def take_dense(self, progress: Callable[[int], None]) -> "dict[str, torch.Tensor]":
         """Waits for the dense weights and hands them over.
@@ -186,21 +210,9 @@ class Weights:
             for part in self.checkpoint.record_segments(expert)
         )
 
-    def _by_place_on_disk(self) -> list[ExpertId]:
-        """An equal share of every layer, as many as have a place, in the order they lie on disk."""
-        checkpoint = self.checkpoint
-        by_share = [
-            ExpertId(layer, expert)
-            for expert in range(checkpoint.num_experts)
-            for layer in range(checkpoint.num_layers)
-        ]
-        chosen = by_share[: self._plan.num_slots + self._plan.num_records]
-
-        def place(expert: ExpertId) -> tuple[str, int]:
-            first = checkpoint.record_segments(expert)[0]
-            return str(first.file), first.file_offset
-
-        return sorted(chosen, key=place)
+    def _place_on_disk(self, expert: ExpertId) -> tuple[str, int]:
+        first = self.checkpoint.record_segments(expert)[0]
+        return str(first.file), first.file_offset
 
 
 def lasting_memory(

@@ -30,6 +30,7 @@ from moe_server.offload.layout import ExpertId, Segment
 from moe_server.offload.policy import DEFAULT_POLICY
 from moe_server.offload.reader import Priority, Reader
 from moe_server.offload.tiers import Tiers
+from moe_server.offload.uses import Uses
 
 if TYPE_CHECKING:
     import torch
@@ -227,18 +228,19 @@ class ExpertCache:
         self._predicted = deque(ExpertId(layer, expert) for expert in experts)
         self._soon = frozenset(self._predicted)
 
-    def fill(self, experts: Iterable[ExpertId]) -> None:
+    def fill(self, experts: Iterable[ExpertId], *, spare_slots: int = 0) -> None:
         """Begins to read experts into free places that reads can reach; does not wait.
 
         Args:
             experts: In order of preference; those that find no place are left out.
+            spare_slots: Device slots to be left free.
         """
+        device = () if self._fetches.need_staging else ((self._on_device, spare_slots),)
+        tiers = (*device, (self._in_host, 0))
         for expert in experts:
             if self.is_near(expert):
                 continue
-            reached = (self._on_device, self._in_host)
-            tiers = reached[1:] if self._fetches.need_staging else reached
-            tier = next((tier for tier in tiers if tier.free), None)
+            tier = next((tier for tier, spare in tiers if len(tier.free) > spare), None)
             if tier is None:
                 return
             self._coming[expert] = self._fetches.start(
@@ -249,6 +251,17 @@ class ExpertCache:
         """True where an expert is in memory or on its way there."""
         tiers = (self._on_device.places, self._in_host.places, self._coming)
         return any(expert in places for places in tiers)
+
+    def forget(self, expert: ExpertId) -> None:
+        """Frees the place of an expert that is in memory and not in use."""
+        tier, place = self.tiers.forget(expert)
+        tier.free.append(place)
+
+    def expect(self, uses: Uses) -> None:
+        """Tells the policies what was seen before."""
+        for layer, shares in enumerate(uses.shares()):
+            for tier in (self._on_device, self._in_host):
+                tier.policy.expect(layer, shares)
 
     @property
     def coming_bytes(self) -> int:

@@ -9,7 +9,7 @@ one ranks the experts of a layer among themselves, and `policy_quotas` says whic
 """
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 from moe_server.offload.layout import ExpertId
@@ -45,6 +45,16 @@ class Policy(Protocol):
         """The expert to evict for `incoming`; None if all that are held are in `keep`."""
 
 
+class TierPolicy(Policy, Protocol):
+    """A policy that can be told what was seen before it."""
+
+    def expect(self, layer: int, shares: Sequence[float]) -> None:
+        """Each expert of the layer was wanted by such a share of the visits before this policy's.
+
+        What the policy itself has seen of one to be wanted more often counts instead.
+        """
+
+
 class GlobalLru:
     """Least recently used of all layers together: what the page cache does, as a yardstick.
 
@@ -74,6 +84,9 @@ class GlobalLru:
 
     def touch(self, expert: ExpertId) -> None:
         self._held.move_to_end(expert)
+
+    def expect(self, layer: int, shares: Sequence[float]) -> None:
+        """Of no consequence: recency is all that counts."""
 
     def victim(self, incoming: ExpertId, keep: Container[ExpertId]) -> ExpertId | None:  # noqa: ARG002
         return next((expert for expert in self._held if expert not in keep), None)
@@ -110,6 +123,9 @@ class LayerLru:
 
     def touch(self, expert: ExpertId) -> None:
         self._held[expert.layer].move_to_end(expert)
+
+    def expect(self, layer: int, shares: Sequence[float]) -> None:
+        """Of no consequence: recency is all that counts."""
 
     def victim(self, incoming: ExpertId, keep: Container[ExpertId]) -> ExpertId | None:
         for layer in self._quotas.givers(incoming.layer):
@@ -164,6 +180,14 @@ class LayerLfu:
         held[expert.expert] = held.pop(expert.expert)
         self._count(expert)
 
+    def expect(self, layer: int, shares: Sequence[float]) -> None:
+        counts, whole = self._counts[layer], sum(shares)
+        # What uses without end would have summed up to.
+        total = self._weights[layer] / (1 - 1 / self._growth)
+        for expert, share in enumerate(shares):
+            if share:
+                counts[expert] = max(counts.get(expert, 0.0), total * share / whole)
+
     def victim(self, incoming: ExpertId, keep: Container[ExpertId]) -> ExpertId | None:
         for layer in self._quotas.givers(incoming.layer):
             held = self._held[layer]
@@ -196,7 +220,7 @@ DEFAULT_POLICY = "next-visit"
 more on any trace that was replayed (benchmarks/LOG.md, 2026-11-24)."""
 
 
-def make_policy(name: str, capacity: int, num_layers: int) -> Policy:
+def make_policy(name: str, capacity: int, num_layers: int) -> TierPolicy:
     """A policy for an empty tier.
 
     Args:

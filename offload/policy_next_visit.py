@@ -22,7 +22,7 @@ best. Taking from any other layer would take from one that is needed sooner.
 Knows layers and experts, no bytes and no cache; `policy.make_policy` makes it.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_server.offload.layout import ExpertId
@@ -110,6 +110,12 @@ class _Layer:
             self.total /= self.weight
             self.weight = 1.0
 
+    def expect(self, shares: Sequence[float]) -> None:
+        if not self.total:
+            self.total = self.weight / (1 - 1 / _GROWTH)  # of visits without end
+        for expert, share in enumerate(shares):
+            self.uses[expert] = max(self.uses.get(expert, 0.0), share * self.total)
+
     def use(self, expert: int) -> None:
         self.now.add(expert)
         self.uses[expert] += self.weight
@@ -152,6 +158,9 @@ class NextVisit:
         held = self._layers[expert.layer].held
         held[expert.expert] = held.pop(expert.expert)
         self._use(expert)
+
+    def expect(self, layer: int, shares: Sequence[float]) -> None:
+        self._layers[layer].expect(shares)
 
     def victim(self, incoming: ExpertId, keep: Container[ExpertId]) -> ExpertId | None:
         for layer in self._quotas.givers(incoming.layer):

@@ -15,7 +15,7 @@ from moe_server.offload.arena import Arena
 from moe_server.offload.cost import CostModel
 from moe_server.offload.lasting import LastingMemory, Ledger
 from moe_server.offload.layout import ExpertId
-from moe_server.offload.policy import Policy, make_policy
+from moe_server.offload.policy import TierPolicy, make_policy
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ _EXCHANGE_BYTES = 4 * 2**20
 class Tier:
     """One tier's bookkeeping: who is where, and which places are free."""
 
-    policy: Policy
+    policy: TierPolicy
     ledger: Ledger
     """The same as `places`, for the process that comes after this one."""
     places: dict[ExpertId, int] = field(default_factory=dict)
@@ -183,6 +183,16 @@ class Tiers:
         else:
             self._forget(expert)
         return slot
+
+    def forget(self, expert: ExpertId) -> tuple[Tier, int]:
+        """Takes an expert out of memory, whatever demoting it would have paid.
+
+        Returns:
+            The tier it was in, and its place there, which is the caller's.
+        """
+        tier = self.on_device if expert in self.on_device.places else self.in_host
+        self._demoted_unused.discard(expert)
+        return tier, tier.drop(expert)
 
     def regret(self, missing: Iterable[ExpertId]) -> None:
         """What is wanted again so soon would have been in the host tier still."""

@@ -9,23 +9,26 @@ from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
 from moe_server.config import load_config
 from moe_server.engine import Engine
-from moe_server.messages import Sampling, Submit, TokenEvent
+from moe_server.messages import NO_HOT_SET, HotSet, Sampling, Submit, TokenEvent
 from moe_server.warmup.preload import preload
 from moe_server.weights import Weights, lasting_memory
 
 
 @contextmanager
-def running_engine(path: Path, memory: int | None = None, **flags: Any) -> Iterator[Engine]:
+def running_engine(
+    path: Path, memory: int | None = None, hot_set: HotSet = NO_HOT_SET, **flags: Any
+) -> Iterator[Engine]:
     """A loaded engine for a checkpoint; keys of the configuration as keyword arguments.
 
-    `memory` is the descriptor of the file that experts are kept in.
+    `memory` is the descriptor of the file that experts are kept in, `hot_set` what is known of
+    their use.
     """
     flags = {"model": str(path), "dense_backend": "resident", "threads": 1, **flags}
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(path)
     plan = plan_memory(config, checkpoint)
     lasting = None if memory is None else lasting_memory(memory, config, checkpoint, plan)
-    weights = Weights(config, checkpoint, plan, lasting)
+    weights = Weights(config, checkpoint, plan, lasting, hot_set)
     weights.begin()
     engine = Engine(config, plan, weights)
     preload(engine, config, plan, lambda progress: None)

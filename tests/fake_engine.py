@@ -27,6 +27,7 @@ from moe_server.messages import (
     EngineLoad,
     Fatal,
     FinishReason,
+    HotSet,
     Loaded,
     Progress,
     RequestFailed,
@@ -34,6 +35,7 @@ from moe_server.messages import (
     StepDone,
     Submit,
     TargetScore,
+    TellHotSet,
     Timings,
     ToEngine,
     TokenEvent,
@@ -82,8 +84,13 @@ class FakeEngine:
                 self.take(message)
             self.step()
 
-    def take(self, message: Submit | Cancel | Vocabulary) -> None:
-        if isinstance(message, Vocabulary):
+    def take(self, message: Submit | Cancel | Vocabulary | HotSet | TellHotSet) -> None:
+        if isinstance(message, HotSet):
+            self.hot_set = message
+        if isinstance(message, TellHotSet):
+            # Once more than it was told.
+            self.send(HotSet([visits + 1 for visits in self.hot_set.visits or [0]], []))
+        if isinstance(message, Vocabulary | HotSet | TellHotSet):
             return
         if isinstance(message, Cancel):
             self.num_cancels += 1

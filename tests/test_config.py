@@ -285,3 +285,21 @@ def test_the_examples_in_the_documentation_are_configurations(tmp_path):
         file.write_text(text)
         num_models.append(len(load_config(file, environ={}).all_models))
     assert num_models == [2, 2]
+
+
+def test_two_models_do_not_write_the_same_hot_set(tmp_path):
+    file = tmp_path / "server.toml"
+    text = '[warmup]\nhot_set = "a"\n[[models]]\nmodel = "demo"\nmodel_name = "x"\n'
+    file.write_text(f'{text}warmup = {{hot_set = "a"}}\n')
+    with pytest.raises(MoeServerError, match="overwrite the other's") as caught:
+        load_config(file, environ={})
+    assert caught.value.field == "models[0].warmup.hot_set"
+    for other in ("b", "auto", "off"):
+        file.write_text(f'{text}warmup = {{hot_set = "{other}"}}\n')
+        assert load_config(file, environ={}).models[0].warmup.hot_set == other
+
+
+def test_a_hot_set_is_a_path_or_a_word():
+    with pytest.raises(MoeServerError, match=r"warmup\.hot_set = ''") as caught:
+        load_config(flags={"warmup.hot_set": ""}, environ={})
+    assert "off" in str(caught.value)

@@ -30,9 +30,9 @@ class Report(Protocol):
 def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Report) -> None:
     """Loads the dense weights and touches every expert.
 
-    Experts that have a place are read first, in the order they lie on disk, then all are touched in
-    the order of layers; with more experts than slots every layer ends with its share of them. After
-    a restart those are left out that are on disk: an earlier process has proven them.
+    Experts that stay in memory are read first, those that were wanted most before all; those that
+    have no place pass through one slot afterwards. After a restart the latter are left out: an
+    earlier process has proven them.
 
     Raises:
         MoeServerError: A read failed.
@@ -56,14 +56,20 @@ def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Repor
     touched = progress(EVERY_EXPERT, experts_total)
     was_proven = engine.weights.reuse_read_settings()
     calibration = None if was_proven else Calibration(engine.weights.reader)
-    for layer in range(checkpoint.num_layers):
-        for expert in range(checkpoint.num_experts):
-            if was_proven and not engine.cache.is_near(ExpertId(layer, expert)):
-                continue
-            if calibration is not None:
-                calibration.next()
-            engine.model.experts.touch(layer, expert)
-            touched((layer * checkpoint.num_experts + expert + 1) * plan.expert_bytes)
+    passing, staying = engine.weights.passing(), engine.weights.staying()
+    # Layer by layer, as policies expect it. Of a layer the hottest last: it was used last then.
+    rank = {expert: number for number, expert in enumerate(staying)}
+    order = [*sorted(passing), *sorted(staying, key=lambda one: (one.layer, -rank[one]))]
+    for number, expert in enumerate(order, 1):
+        was_near = engine.cache.is_near(expert)
+        if was_proven and not was_near:
+            continue
+        if calibration is not None:
+            calibration.next()
+        engine.model.experts.touch(expert.layer, expert.expert)
+        if not was_near and expert not in rank:
+            engine.cache.forget(expert)
+        touched(number * plan.expert_bytes)
     if calibration is not None:
         calibration.conclude()
     # On a GPU, kept experts have gone from records to slots: others find their places free.

@@ -24,6 +24,7 @@ FLAGS = {
     "--zero3-config": "zero3_config",
     "--threads": "threads",
     "--max-ttft-ms": "warmup.max_ttft_ms",
+    "--hot-set": "warmup.hot_set",
 }
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -79,5 +80,6 @@ def _metavar(key: str) -> str:
         "zero3_config": "FILE",
         "expert_format": "checkpoint|bf16|int8|int4",
         "model_name": "NAME",
+        "warmup.hot_set": "FILE|auto|off",
     }
     return metavars.get(key, "N")

@@ -20,6 +20,7 @@ from moe_server.service.served_model import ServedModel
 from moe_server.service.server import Server
 from moe_server.startup import Startup
 from moe_server.tokenizer import load_tokenizer
+from moe_server.warmup.hot_set import OFF, HotSetKeeper
 from moe_server.warmup.recorded import read_requests
 from moe_server.warmup.stages import PREFLIGHT
 
@@ -72,10 +73,13 @@ def _setup(planned: PlannedModel) -> ModelSetup:
     config, checkpoint = planned.config, planned.checkpoint
     tokenizer = load_tokenizer(config.model_path)
     chat = load_chat(config.model_path, tokenizer)
+    setting = config.warmup.hot_set
+    has_hot_set = bool(checkpoint.experts) and setting != OFF
     return ModelSetup(
         config,
         ServedModel.of(config, checkpoint, planned.plan, tokenizer, chat),
         Patience(busy_s=longest_step_s(config, checkpoint.num_active_parameters)),
+        hot_set=HotSetKeeper(checkpoint, setting) if has_hot_set else None,
         requests=read_requests(config.warmup.requests) if config.warmup.requests else (),
     )
 

@@ -21,6 +21,7 @@ from moe_server.service.recorder import Recorder
 from moe_server.service.served_model import ServedModel
 from moe_server.startup import Startup
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
+from moe_server.warmup.hot_set import HotSetKeeper
 from moe_server.warmup.ladder import as_people_send_it, ladder, longest_prompt
 from moe_server.warmup.limits import Limits, Speeds, Work
 from moe_server.warmup.probe import ProbeShape
@@ -40,6 +41,8 @@ class ModelSetup:
     patience: Patience
     """As in Supervisor."""
     engine_command: Sequence[str] = ENGINE_COMMAND
+    """As in Supervisor."""
+    hot_set: HotSetKeeper | None = None
     """As in Supervisor."""
     requests: Sequence[RecordedRequest] = ()
     """Recorded ones, which the warm-up sends; those to other models among them are left out."""
@@ -107,6 +110,7 @@ class RunningModel:
             setup.patience,
             startup,
             () if vocabulary is None else (vocabulary,),
+            setup.hot_set,
         )
 
     @property

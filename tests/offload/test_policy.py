@@ -309,3 +309,53 @@ def test_next_visit_takes_nothing_from_a_layer_that_was_filled_and_never_visited
         assert victim.layer == 0
         policy.remove(victim)
         policy.add(ExpertId(0, expert))
+
+
+COUNTING = ["layer-lfu", "next-visit"]
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_was_expected_to_be_wanted_most_goes_last(name):
+    policy = make_policy(name, 4, 1)
+    shares = [0.1, 0.6, 0.3, 0.5, 0.2]
+    policy.expect(0, shares)
+    for one in range(4):
+        policy.add(ExpertId(0, one), used=False)
+    given = []
+    while len(policy):
+        victim = policy.victim(ExpertId(0, 4), keep=())
+        policy.remove(victim)
+        given.append(shares[victim.expert])
+    assert given == [0.1, 0.3, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_experts_that_are_scanned_through_do_not_displace_what_is_expected(name):
+    num_layers, num_experts, capacity = 3, 8, 12
+    hot = {ExpertId(layer, one) for layer in range(num_layers) for one in range(4)}
+    policy = make_policy(name, capacity, num_layers)
+    for layer in range(num_layers):
+        policy.expect(layer, [0.5] * 4 + [0.05] * 4)
+    for expert in hot:
+        policy.add(expert, used=False)
+    for _ in range(6):
+        for layer in range(num_layers):
+            everything = [ExpertId(layer, one) for one in range(num_experts)]
+            missing = [expert for expert in everything if expert not in policy]
+            for expert in everything:
+                if expert not in missing:
+                    policy.touch(expert)
+            for expert in missing:
+                policy.remove(policy.victim(expert, keep=()))
+                policy.add(expert)
+    assert sum(expert in policy for expert in hot) >= capacity - num_layers
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_the_policy_has_seen_itself_counts_if_it_is_more(name):
+    policy = make_policy(name, 2, 1)
+    fill(policy, (0, 0), (0, 1))
+    for _ in range(20):
+        policy.touch(ExpertId(0, 0))
+    policy.expect(0, [0.001, 0.01, 0.9])
+    assert policy.victim(ExpertId(0, 2), keep=()) == ExpertId(0, 1)

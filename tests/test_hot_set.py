@@ -1,0 +1,250 @@
+"""Engines and servers that learn which experts are wanted, and others that start with that."""
+
+import asyncio
+import os
+import random
+import signal
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from moe_server.budget import plan_memory
+from moe_server.checkpoint import read_checkpoint
+from moe_server.client import Client, UnreachableError
+from moe_server.config import load_config
+from moe_server.messages import NO_HOT_SET, HotSet, TellHotSet
+from moe_server.offload.layout import ExpertId
+from moe_server.offload.reader import Reader
+from moe_server.proto.moe_server.v1 import admin_pb2, generation_pb2
+from moe_server.warmup.hot_set import decode, encode, fingerprint
+from tests.driver import greedy, run, running_engine, token_ids
+from tests.front_door import eventually
+from tests.test_faults import NEW_TOKENS, PROMPTS, TINY, undisturbed
+
+ALL = [ExpertId(layer, one) for layer in range(TINY.layers) for one in range(TINY.experts)]
+TOPIC = [[7] * 12, [7, 7, 7, 7]]
+
+
+def memory_for(path: Path, num_slots: int, num_records: int = 0) -> dict[str, int]:
+    """Flags with which so many experts have a place."""
+    flags = {"model": str(path), "max_total_tokens": 256, "device_memory": "min"}
+    smallest = plan_memory(load_config(flags=flags, environ={}), read_checkpoint(path))
+    device_memory = smallest.minimum_device_bytes + (num_slots - 1) * smallest.slot_bytes
+    return {
+        "max_total_tokens": 256,
+        "device_memory": device_memory,
+        "host_memory": num_records * smallest.slot_bytes,
+    }
+
+
+def some_hot_set(seed: int = 0) -> HotSet:
+    choose = random.Random(seed)
+    shares = [[choose.random() for _ in range(TINY.experts)] for _ in range(TINY.layers)]
+    return HotSet([500.0] * TINY.layers, shares)
+
+
+def ranked(hot_set: HotSet) -> list[ExpertId]:
+    """By rank within the layer, then by layer."""
+
+    def rank(expert: ExpertId) -> int:
+        shares = hot_set.shares[expert.layer]
+        return sum(share > shares[expert.expert] for share in shares)
+
+    return sorted(ALL, key=lambda expert: (rank(expert), expert.layer))
+
+
+def told_by(engine) -> HotSet:
+    engine.take(TellHotSet())
+    [hot_set] = engine.between_steps()
+    return hot_set
+
+
+def near(engine) -> set[ExpertId]:
+    return {*engine.cache.tiers.on_device.places, *engine.cache.tiers.in_host.places}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return TINY.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def expected(path) -> list[list[int]]:
+    return undisturbed(path)
+
+
+@pytest.fixture
+def reads(path, monkeypatch) -> list[ExpertId]:
+    """Experts in the order in which they are asked from disk."""
+    records = {parts: expert for expert, parts in read_checkpoint(path).experts.items()}
+    asked = []
+    submit = Reader.submit
+
+    def noting(self, segments, *args, **kwargs):
+        if tuple(segments) in records:
+            asked.append(records[tuple(segments)])
+        return submit(self, segments, *args, **kwargs)
+
+    monkeypatch.setattr(Reader, "submit", noting)
+    return asked
+
+
+def test_what_steps_want_is_counted_and_what_loading_touches_is_not(path):
+    with running_engine(path) as engine:
+        assert told_by(engine).visits == [0.0] * TINY.layers
+        [events] = run(engine, greedy(TOPIC[:1], NEW_TOKENS))
+        told = told_by(engine)
+        # The prompt is one visit of a layer, and so is every token but the last.
+        assert told.visits == pytest.approx([len(events)] * TINY.layers, rel=0.01)
+        for shares in told.shares:
+            assert sum(shares) >= 0.999 * TINY.top_k
+            assert max(shares) <= 1.0001
+
+
+def test_a_hot_set_is_told_when_it_is_due_and_there_is_news(path):
+    with running_engine(path, **{"warmup.hot_set_every_s": 1e-6}) as engine:
+        assert engine.between_steps() == []
+        run(engine, greedy(TOPIC, 2))
+        assert [type(message) for message in engine.between_steps()] == [HotSet]
+        assert engine.between_steps() == []
+
+
+@pytest.mark.parametrize(("slots", "records"), [(1, 0), (2, 1), (9, 0), (10, 5), (24, 0), (13, 11)])
+@pytest.mark.parametrize("policy", ["next-visit", "layer-lfu", "layer-lru"])
+def test_a_start_reads_the_hottest_first_and_keeps_them(
+    path, expected, reads, slots, records, policy
+):
+    hot_set = some_hot_set(slots)
+    order, places = ranked(hot_set), slots + records
+    memory = memory_for(path, slots, records)
+    with running_engine(path, None, hot_set, expert_policy=policy, **memory) as engine:
+        engine.cache.check_integrity()
+        begun = places - (places < len(ALL))
+        assert reads[:begun] == order[:begun]
+        assert sorted(reads) == sorted(ALL), "every expert once, and none twice"
+        assert near(engine) == set(order[:places])
+        assert told_by(engine).shares == [pytest.approx(shares) for shares in hot_set.shares]
+        found = [token_ids(events) for events in run(engine, greedy(PROMPTS, NEW_TOKENS))]
+        assert found == expected
+
+
+def test_a_restarted_engine_finds_what_its_traffic_wants(path):
+    memory = memory_for(path, 2 * TINY.top_k * TINY.layers)
+
+    def misses(hot_set: HotSet) -> int:
+        with running_engine(path, None, hot_set, **memory) as engine:
+            before = engine.cache.counters.disk_reads
+            run(engine, greedy(TOPIC, 1))
+            return engine.cache.counters.disk_reads - before
+
+    with running_engine(path, **memory) as engine:
+        run(engine, greedy(TOPIC, 1))
+        learned = told_by(engine)
+    assert misses(learned) == 0 < misses(NO_HOT_SET)
+
+
+# Servers
+
+
+@asynccontextmanager
+async def serving(path: Path, file: Path, **environ: str):
+    """`moe-server serve` in a process of its own, READY."""
+    memory = memory_for(path, 12)
+    variables = {
+        "WARMUP__HOT_SET": str(file),
+        "WARMUP__PROBES": "1",
+        "LISTEN": f"unix:{file.parent / 'socket'}",
+        "MODEL": str(path),
+        "DENSE_BACKEND": "resident",
+        "SCHEDULER__REUSE_PREFIXES": "false",
+        **{key.upper(): str(value) for key, value in memory.items()},
+        **environ,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "moe_server",
+        "serve",
+        env={**os.environ, **{f"MOE_SERVER_{key}": value for key, value in variables.items()}},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        with Client(variables["LISTEN"]) as client:
+            await eventually(lambda: is_ready(client))
+            yield process, client
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.communicate()
+
+
+def is_ready(client: Client) -> bool:
+    try:
+        return client.status().state == admin_pb2.SERVER_STATE_READY
+    except UnreachableError:
+        return False
+
+
+def ask(client: Client, num_requests: int) -> list[list[int]]:
+    stopping = generation_pb2.Stopping(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    return [
+        [
+            token
+            for response in client.generate_stream(TOPIC[0], stopping=stopping)
+            for token in response.delta.token_ids
+        ]
+        for _ in range(num_requests)
+    ]
+
+
+def read(path: Path, file: Path) -> HotSet:
+    checkpoint = read_checkpoint(path)
+    return decode(file.read_bytes(), fingerprint(checkpoint), TINY.layers, TINY.experts)
+
+
+async def test_a_drain_saves_and_the_next_server_starts_with_it(path, tmp_path):
+    file = tmp_path / "hot.json"
+    async with serving(path, file, WARMUP__HOT_SET_EVERY_S="1000") as (_, client):
+        answers = await asyncio.to_thread(ask, client, 20)
+        assert not file.exists()
+        await asyncio.to_thread(client.drain)
+        saved = read(path, file)
+    # A server that was drained has nothing new to tell when it ends.
+    assert read(path, file) == saved
+    assert min(saved.visits) > 20 * NEW_TOKENS
+    async with serving(path, file) as (process, client):
+        assert await asyncio.to_thread(ask, client, 20) == answers
+        process.terminate()
+        assert await process.wait() == 0
+    # It went on counting where the first one had stopped.
+    assert min(read(path, file).visits) > 1.8 * min(saved.visits)
+
+
+async def test_after_kill_9_the_last_periodic_save_counts(path, tmp_path):
+    file = tmp_path / "hot.json"
+    async with serving(path, file, WARMUP__HOT_SET_EVERY_S="0.01") as (process, client):
+        answers = await asyncio.to_thread(ask, client, 3)
+        wanted = 2.9 * NEW_TOKENS
+        await eventually(lambda: file.exists() and min(read(path, file).visits) > wanted)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+    before = read(path, file)
+    async with serving(path, file) as (process, client):
+        assert await asyncio.to_thread(ask, client, 3) == answers
+        process.terminate()
+        await process.wait()
+    assert min(read(path, file).visits) > min(before.visits) + 2 * NEW_TOKENS
+
+
+@pytest.mark.parametrize("content", [encode(some_hot_set(), "another"), b"{}", b"\0" * 1000])
+async def test_a_damaged_file_is_warned_about_and_nothing_else(path, tmp_path, content):
+    file = tmp_path / "hot.json"
+    file.write_bytes(content)
+    async with serving(path, file) as (process, client):
+        assert len(await asyncio.to_thread(ask, client, 1)) == 1
+        process.terminate()
+        _, printed = await process.communicate()
+        assert process.returncode == 0
+    assert printed.count(b"ignoring the hot set's file") == 1
