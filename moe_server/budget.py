@@ -83,9 +83,14 @@ class MemoryPlan:
         return (self.num_records + self.num_staging) * self.slot_bytes
 
     @property
+    def num_places(self) -> int:
+        """Experts that both tiers have a place for."""
+        return self.num_slots + self.num_records
+
+    @property
     def num_absent(self) -> int:
         """Experts that have a place in neither tier."""
-        return max(0, self.num_experts_total - self.num_slots - self.num_records)
+        return max(0, self.num_experts_total - self.num_places)
 
     @property
     def fixed_bytes(self) -> int:

@@ -17,6 +17,7 @@ from moe_server.constraints.compiler import Compiler
 from moe_server.constraints.matcher import CrowdedError
 from moe_server.deadlines import hopeless
 from moe_server.errors import MoeServerError, Reason
+from moe_server.hot_experts import HotExperts
 from moe_server.kernels import native
 from moe_server.messages import (
     Cancel,
@@ -24,10 +25,11 @@ from moe_server.messages import (
     ExpertCounters,
     FinishReason,
     FromEngine,
-    HotSet,
     Offload,
     RequestFailed,
+    Rewarm,
     StepDone,
+    StopRewarm,
     Submit,
     TellHotSet,
     ToEngine,
@@ -91,10 +93,9 @@ class Engine:
             priority_s=config.scheduler.priority_s,
         )
         self.compiler = Compiler()
+        self.hot_experts = HotExperts(weights, plan, config.warmup.hot_set_every_s)
         self._costs = StepCosts()
         self._num_hopeless = 0
-        self._told_every_s = config.warmup.hot_set_every_s
-        self._told_at, self._num_told, self._is_asked = time.monotonic(), 0, False
         self._failed: list[RequestFailed] = []
 
     def take(self, message: ToEngine) -> None:
@@ -107,7 +108,11 @@ class Engine:
             case Vocabulary():
                 self.compiler.use(message)
             case TellHotSet():
-                self._is_asked = True
+                self.hot_experts.ask()
+            case Rewarm():
+                self.hot_experts.rewarm(message)
+            case StopRewarm():
+                self.hot_experts.stop(message)
 
     def submit(self, request: Submit) -> None:
         """Queues a request, once its constraint is compiled if it has one."""
@@ -149,14 +154,9 @@ class Engine:
         failed, self._failed = self._failed, []
         return StepDone(self._load(), tokens, failed)
 
-    def between_steps(self) -> list[FromEngine]:
-        """What is to be told beside the steps: the hot set, where it is asked for or due."""
-        uses, now = self.weights.uses, time.monotonic()
-        is_due = now - self._told_at >= self._told_every_s and uses.num_noted > self._num_told
-        if not (is_due or self._is_asked):
-            return []
-        self._told_at, self._num_told, self._is_asked = now, uses.num_noted, False
-        return [HotSet(uses.visits(), uses.shares())]
+    def between_steps(self) -> Many[FromEngine]:
+        """Does what is to be done beside the steps; returns what is to be told."""
+        return self.hot_experts.between_steps()
 
     def cancel_all(self) -> None:
         """Forgets all requests: a step that waits for the disk ends."""

@@ -37,6 +37,8 @@ from moe_server.warmup.stages import LIBRARIES
 from moe_server.weights import Weights, lasting_memory
 
 HEARTBEAT_MS = 500
+REWARMING_MS = 10
+"""Between two looks at what the disk has brought, while there are no requests."""
 PROGRESS_INTERVAL_S = 0.1
 SWITCH_INTERVAL_S = 0.0005
 
@@ -148,7 +150,8 @@ def _serve(
         )
     )
     while True:
-        drain_inbox(HEARTBEAT_MS if engine.idle else 0)
+        idle_ms = REWARMING_MS if engine.hot_experts.is_rewarming else HEARTBEAT_MS
+        drain_inbox(idle_ms if engine.idle else 0)
         if is_shutdown:
             engine.close()
             return

@@ -92,6 +92,41 @@ class TellHotSet(msgspec.Struct, frozen=True, tag=True):
     """Answer with a HotSet, after the step."""
 
 
+class Rewarm(msgspec.Struct, frozen=True, tag=True):
+    """Bring back into memory what was wanted most; progress follows, the last with an outcome."""
+
+    rewarm_id: int
+
+
+class StopRewarm(msgspec.Struct, frozen=True, tag=True):
+    """End that rewarming, if it is going on."""
+
+    rewarm_id: int
+
+
+class RewarmOutcome(Enum):
+    """How a rewarming ended."""
+
+    DONE = "done"
+    STOPPED = "stopped"
+
+
+class RewarmProgress(msgspec.Struct, frozen=True, tag=True):
+    """How far a rewarming is."""
+
+    rewarm_id: int
+    experts_done: int
+    experts_total: int
+    """Those of the hot set that were not in memory when it began."""
+    experts_left_out: int
+    """For which there was no colder one, that had to give way to requests, or that could not be
+    read; of a stopped rewarming also those that were still to come."""
+    bytes_done: int
+    bytes_total: int
+    outcome: RewarmOutcome | None = None
+    """None: it goes on."""
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """A validated request; the engine answers with token events that carry its id."""
 
@@ -276,5 +311,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
         return cls(error.reason, error.message, error.remedy, retry)
 
 
-ToEngine: TypeAlias = Submit | Cancel | Shutdown | Vocabulary | HotSet | TellHotSet
-FromEngine: TypeAlias = StepDone | Progress | Loaded | Fatal | HotSet
+ToEngine: TypeAlias = (
+    Submit | Cancel | Shutdown | Vocabulary | HotSet | TellHotSet | Rewarm | StopRewarm
+)
+FromEngine: TypeAlias = StepDone | Progress | Loaded | Fatal | HotSet | RewarmProgress

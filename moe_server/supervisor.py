@@ -12,8 +12,8 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -31,6 +31,7 @@ from moe_server.messages import (
     HotSet,
     Loaded,
     Progress,
+    RewarmProgress,
     StepDone,
     Submit,
     TellHotSet,
@@ -38,6 +39,7 @@ from moe_server.messages import (
 )
 from moe_server.open_requests import OpenRequest, OpenRequests
 from moe_server.patience import Patience
+from moe_server.rewarmings import Rewarmings
 from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.warmup.hot_set import HotSetKeeper
@@ -88,6 +90,7 @@ class Supervisor:
     ) -> None:
         self._hot_set = hot_set
         self._hot_set_told = asyncio.Event()
+        self._rewarmings = Rewarmings(config.served_name)
         self.startup = startup
         self._stages = startup.stages
         self._introduction = introduction
@@ -217,6 +220,30 @@ class Supervisor:
         await self._save_hot_set()
         return len(self._requests)
 
+    async def rewarm(self) -> AsyncGenerator[RewarmProgress, None]:
+        """Has the engine bring back into memory what was wanted most, behind all requests' reads.
+
+        Yields progress about every 0.1 s; the last one has an outcome. Closed before that, or
+        cancelled, the rewarming is stopped: close it (`contextlib.aclosing`) if you may leave it.
+
+        Raises:
+            MoeServerError: UNAVAILABLE where no engine has loaded or it is lost on the way;
+                EXHAUSTED where a rewarming is going on.
+        """
+        if self._link is None or not self._loaded.is_set():
+            raise MoeServerError(
+                f"Model {self._config.served_name!r} is {self._phase.value}: nothing can be warm.",
+                "Try again when it is ready.",
+                reason=Reason.UNAVAILABLE,
+            )
+        async with aclosing(self._rewarmings.run(self._link)) as news:
+            async for progress in news:
+                yield progress
+
+    def stop_rewarm(self) -> None:
+        """Ends a rewarming that is going on; its last progress says STOPPED."""
+        self._rewarmings.stop()
+
     def undrain(self) -> None:
         """Accepts requests again.
 
@@ -315,6 +342,7 @@ class Supervisor:
                 self._phase = ServerState.STARTING
                 self._publish()
                 self._requests.fail_all(*failure)
+                self._rewarmings.fail()
 
     async def _await_loss(self, link: EngineLink) -> Loss:
         reader = asyncio.create_task(self._read(link), name="engine reader")
@@ -342,29 +370,36 @@ class Supervisor:
                 message = await link.receive()
             except msgspec.DecodeError as error:
                 return Loss(f"The engine sent something unreadable: {error}.", "", retry=True)
-            match message:
-                case StepDone():
-                    self._take_step(link, message)
-                case Progress():
-                    self._note_progress(message)
-                case Loaded():
-                    log.info(
-                        "engine loaded",
-                        seconds=round(message.seconds, 2),
-                        experts_kept=message.num_kept,
-                        experts_outlast_engine=message.outlasts_engine,
-                    )
-                    self._measured = message
-                    self._loaded.set()
-                    self.tried.set()
-                case HotSet():
-                    if self._hot_set is not None:
-                        self._hot_set.keep(message)
-                    self._hot_set_told.set()
-                case Fatal():
-                    return Loss(message.message, message.remedy, message.retry)
-                case _:
-                    assert_never(message)
+            if isinstance(message, Fatal):
+                return Loss(message.message, message.remedy, message.retry)
+            self._take(link, message)
+
+    def _take(
+        self, link: EngineLink, message: StepDone | Progress | Loaded | HotSet | RewarmProgress
+    ) -> None:
+        match message:
+            case StepDone():
+                self._take_step(link, message)
+            case Progress():
+                self._note_progress(message)
+            case Loaded():
+                log.info(
+                    "engine loaded",
+                    seconds=round(message.seconds, 2),
+                    experts_kept=message.num_kept,
+                    experts_outlast_engine=message.outlasts_engine,
+                )
+                self._measured = message
+                self._loaded.set()
+                self.tried.set()
+            case HotSet():
+                if self._hot_set is not None:
+                    self._hot_set.keep(message)
+                self._hot_set_told.set()
+            case RewarmProgress():
+                self._rewarmings.deliver(message)
+            case _:
+                assert_never(message)
 
     def _take_step(self, link: EngineLink, done: StepDone) -> None:
         self.load = done.load

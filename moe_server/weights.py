@@ -135,11 +135,11 @@ class Weights:
 
     def staying(self) -> list[ExpertId]:
         """As many experts as have a place, an equal share of every layer; the hottest first."""
-        return self._ranked[: self._plan.num_slots + self._plan.num_records]
+        return self._ranked[: self._plan.num_places]
 
     def passing(self) -> list[ExpertId]:
         """The others."""
-        return self._ranked[self._plan.num_slots + self._plan.num_records :]
+        return self._ranked[self._plan.num_places :]
 
     def take_dense(self, progress: Callable[[int], None]) -> "dict[str, torch.Tensor]":
         """Waits for the dense weights and hands them over.

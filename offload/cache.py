@@ -249,8 +249,63 @@ class ExpertCache:
 
     def is_near(self, expert: ExpertId) -> bool:
         """True where an expert is in memory or on its way there."""
-        tiers = (self._on_device.places, self._in_host.places, self._coming)
-        return any(expert in places for places in tiers)
+        return self.is_held(expert) or self.is_coming(expert)
+
+    def is_held(self, expert: ExpertId) -> bool:
+        """True where all of an expert is in memory."""
+        return expert in self._on_device.places or expert in self._in_host.places
+
+    def is_coming(self, expert: ExpertId) -> bool:
+        """True where an expert is on its way and nobody has waited for it yet."""
+        return expert in self._coming
+
+    def fetch_behind(
+        self,
+        expert: ExpertId,
+        keep: AbstractSet[ExpertId],
+        is_colder: Callable[[ExpertId, ExpertId], bool],
+    ) -> Fetch | None:
+        """Begins to read an expert behind all other reads, in a place that reads can reach.
+
+        Args:
+            expert: It is not near.
+            keep: Not to be evicted for it.
+            is_colder: Whether the first may be evicted for the second.
+
+        Returns:
+            None where there is no place for it.
+        """
+        self._fetches.collect_left()
+        only_host = self._fetches.need_staging and self.tiers.host.count
+        if self._fetches.lack_staging and not only_host:
+            return None
+        tiers = (self._in_host,) if only_host else (self._on_device, self._in_host)
+        tier = next((tier for tier in tiers if tier.free), None)
+        if tier is None:
+            keep = keep | self._in_use | self._soon
+            victims = (tier.policy.victim(expert, keep) for tier in tiers if tier.places)
+            victim = next((one for one in victims if one and is_colder(one, expert)), None)
+            if victim is None:
+                return None
+            tier, place = self.tiers.forget(victim)
+        else:
+            place = tier.free.pop()
+        fetch = self._fetches.start(expert, tier, place, Priority.BACKGROUND)
+        self._coming[expert] = fetch
+        return fetch
+
+    def take_in(self) -> None:
+        """Enters what has come without a prediction; gives up what could not be read."""
+        self._fetches.collect_left()
+        for fetch in list(self._coming.values()):
+            if fetch.ticket.error:
+                self.give_up(fetch.expert)
+            elif fetch.ticket.complete and not fetch.predicted:
+                self._fetches.finish(self._coming.pop(fetch.expert), used=False)
+
+    def give_up(self, expert: ExpertId) -> None:
+        """Cancels the read of an expert that is coming."""
+        self._fetches.give_up(self._coming.pop(expert))
 
     def forget(self, expert: ExpertId) -> None:
         """Frees the place of an expert that is in memory and not in use."""

@@ -2,8 +2,8 @@
 
 A read is cut into blocks that all threads share: one large record uses the whole queue depth, its
 bytes can be used from the front while the rest is on its way, and a cancelled one stops within a
-block. Demand reads go before prefetches, and those before the preload of a start; a read that turns
-out to be wanted is promoted.
+block. Demand reads go before prefetches, those before the preload of a start, and what is read in
+the background after everything; a read that turns out to be wanted is promoted.
 
 Knows files and addresses, no experts. `checkpoint` says which ranges make a record; `cache` waits.
 """
@@ -45,6 +45,8 @@ class Priority(IntEnum):
     """Somebody may want it."""
     PRELOAD = 2
     """Nobody is served yet, or somebody is who needs only some of it: it may use the whole disk."""
+    BACKGROUND = 3
+    """Nobody waits for it: one block at a time, and while nothing else is being read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +325,8 @@ class Reader:
         for priority, queue in self._queues.items():
             most = _PREFETCH_DEPTH if priority is Priority.PREFETCH else self.depth
             if not queue or self._in_flight[priority] >= most:
+                continue
+            if priority is Priority.BACKGROUND and in_flight:
                 continue
             ticket = queue[0]
             ticket.in_flight += 1  # first: between the two the ticket must not look done

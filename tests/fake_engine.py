@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 import zmq
+from msgspec import structs
 
 from moe_server.errors import Reason
 from moe_server.messages import (
@@ -31,15 +32,18 @@ from moe_server.messages import (
     Loaded,
     Progress,
     RequestFailed,
+    Rewarm,
+    RewarmOutcome,
+    RewarmProgress,
     Shutdown,
     StepDone,
+    StopRewarm,
     Submit,
     TargetScore,
     TellHotSet,
     Timings,
     ToEngine,
     TokenEvent,
-    Vocabulary,
 )
 from moe_server.pulse import Pulse
 
@@ -52,6 +56,7 @@ class FakeEngine:
         self.socket = socket
         self.running: dict[int, tuple[Submit, list[int]]] = {}
         self.num_submits = self.num_cancels = 0
+        self.rewarming: RewarmProgress | None = None
         self.decoder = msgspec.msgpack.Decoder(ToEngine)
 
     def send(self, message) -> None:
@@ -84,13 +89,20 @@ class FakeEngine:
                 self.take(message)
             self.step()
 
-    def take(self, message: Submit | Cancel | Vocabulary | HotSet | TellHotSet) -> None:
+    def take(self, message: ToEngine) -> None:
         if isinstance(message, HotSet):
             self.hot_set = message
         if isinstance(message, TellHotSet):
             # Once more than it was told.
             self.send(HotSet([visits + 1 for visits in self.hot_set.visits or [0]], []))
-        if isinstance(message, Vocabulary | HotSet | TellHotSet):
+        if isinstance(message, Rewarm):
+            self.rewarming = RewarmProgress(
+                message.rewarm_id, 0, self.options.rewarm_steps, 0, 0, 0
+            )
+        if isinstance(message, StopRewarm) and self.rewarming:
+            self.send(structs.replace(self.rewarming, outcome=RewarmOutcome.STOPPED))
+            self.rewarming = None
+        if not isinstance(message, Submit | Cancel):
             return
         if isinstance(message, Cancel):
             self.num_cancels += 1
@@ -133,6 +145,17 @@ class FakeEngine:
             cached_tokens=8,
         )
         self.send(StepDone(load, events, failed))
+        if self.rewarming:
+            self.rewarm()
+
+    def rewarm(self) -> None:
+        """One expert more."""
+        done = self.rewarming.experts_done + 1
+        is_last = done == self.rewarming.experts_total
+        outcome = RewarmOutcome.DONE if is_last else None
+        progress = structs.replace(self.rewarming, experts_done=done, outcome=outcome)
+        self.send(progress)
+        self.rewarming = None if is_last else progress
 
     def finish(self, submit: Submit, token_ids: list[int]) -> FinishReason | None:
         if token_ids[-1] in submit.eos_token_ids:
@@ -182,6 +205,7 @@ def main() -> None:
     parser.add_argument("--refuse-token", type=int, default=-1)
     parser.add_argument("--crash-token", type=int, default=-1)
     parser.add_argument("--crash-once", default="", help="a file; no crash where it exists")
+    parser.add_argument("--rewarm-steps", type=int, default=3)
     parser.add_argument("--pulse", dest="has_pulse", action="store_true")
     parser.add_argument("--advancing", action="store_true", help="its pulse tells of work")
     parser.add_argument("address")

@@ -19,6 +19,7 @@ ENGINE_SIDE = (
     "embedding",
     "engine",
     "engine_process",
+    "hot_experts",
     "kv_cache",
     "layerwise",
     "logprobs",
@@ -56,6 +57,7 @@ FRONT_DOOR = (
     "state",
     "supervisor",
     "tokenizer",
+    "whole_file",
 )
 HEAVY = {"torch", "transformers", "deepspeed"}
 

@@ -14,14 +14,28 @@ from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
 from moe_server.client import Client, UnreachableError
 from moe_server.config import load_config
-from moe_server.messages import NO_HOT_SET, HotSet, TellHotSet
+from moe_server.messages import (
+    NO_HOT_SET,
+    HotSet,
+    Loaded,
+    Rewarm,
+    RewarmOutcome,
+    RewarmProgress,
+    StopRewarm,
+    Submit,
+    TellHotSet,
+)
 from moe_server.offload.layout import ExpertId
 from moe_server.offload.reader import Reader
 from moe_server.proto.moe_server.v1 import admin_pb2, generation_pb2
+from moe_server.startup import Startup
+from moe_server.state import ServerState
+from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.hot_set import decode, encode, fingerprint
 from tests.driver import greedy, run, running_engine, token_ids
-from tests.front_door import eventually
+from tests.front_door import PATIENCE, WAIT_S, eventually
 from tests.test_faults import NEW_TOKENS, PROMPTS, TINY, undisturbed
+from tests.test_supervisor import Notebook
 
 ALL = [ExpertId(layer, one) for layer in range(TINY.layers) for one in range(TINY.experts)]
 TOPIC = [[7] * 12, [7, 7, 7, 7]]
@@ -145,6 +159,122 @@ def test_a_restarted_engine_finds_what_its_traffic_wants(path):
     assert misses(learned) == 0 < misses(NO_HOT_SET)
 
 
+def test_a_start_tells_the_policy_what_is_hot(path):
+    hot_set = some_hot_set(5)
+    staying = ranked(hot_set)[:9]
+    memory = memory_for(path, 9)
+    with running_engine(path, None, hot_set, expert_policy="layer-lfu", **memory) as engine:
+        policy = engine.cache.tiers.on_device.policy
+        for layer in range(TINY.layers):
+            coldest = [expert for expert in staying if expert.layer == layer][-1]
+            assert policy.victim(ExpertId(layer, 99), keep=()) == coldest
+
+
+# Rewarming
+
+
+def rewarmed(engine, rewarm_id: int = 1) -> list[RewarmProgress]:
+    """What is told of a rewarming from beginning to end, other work going on beside it."""
+    told: list[RewarmProgress] = []
+    engine.take(Rewarm(rewarm_id))
+    while not (told and told[-1].outcome):
+        engine.step()
+        told += engine.between_steps()
+        engine.cache.check_integrity()
+    return told
+
+
+STORM = [[choice] * 9 for choice in (11, 50, 90, 130, 170, 210, 250, 290)]
+
+
+@pytest.mark.parametrize(("slots", "records"), [(9, 0), (6, 6), (24, 0)])
+def test_after_a_storm_what_was_hot_comes_back(path, slots, records):
+    hot_set = some_hot_set(1)
+    places = slots + records
+    hot = set(ranked(hot_set)[:places])
+    with running_engine(path, None, hot_set, **memory_for(path, slots, records)) as engine:
+        for _ in range(4):
+            run(engine, greedy(STORM, 2))
+        missing = len(hot - near(engine))
+        assert missing or places == 24
+        told = rewarmed(engine)
+        assert near(engine) == hot
+        last = told[-1]
+        assert last.outcome is RewarmOutcome.DONE
+        assert (last.experts_done, last.experts_total, last.experts_left_out) == (
+            missing,
+            missing,
+            0,
+        )
+        assert last.bytes_done == last.bytes_total >= missing * 3 * 2 * TINY.hidden
+        assert rewarmed(engine, 2)[-1].experts_total == 0
+
+
+def test_requests_beside_a_rewarming_get_the_same_tokens(path, expected):
+    with running_engine(path, None, some_hot_set(2), **memory_for(path, 9)) as engine:
+        run(engine, greedy(STORM, 2))
+        for number in range(3):
+            for request in greedy(PROMPTS, NEW_TOKENS):
+                engine.submit(request)
+            engine.take(Rewarm(number))
+            found: list[list[int]] = [[] for _ in PROMPTS]
+            while not engine.idle:
+                done = engine.step()
+                engine.between_steps()
+                engine.cache.check_integrity()
+                assert not done.failed
+                for event in done.tokens:
+                    found[event.request_id].append(event.token_id)
+            assert found == expected
+            engine.take(StopRewarm(number))
+
+
+def test_a_rewarming_stops_when_it_is_told_to_and_no_other_one_does(path):
+    with running_engine(path, None, some_hot_set(3), **memory_for(path, 9)) as engine:
+        run(engine, greedy(STORM, 2))
+        engine.take(Rewarm(7))
+        engine.take(StopRewarm(6))
+        assert engine.hot_experts.is_rewarming
+        engine.take(StopRewarm(7))
+        assert not engine.hot_experts.is_rewarming
+        [told] = engine.between_steps()
+        assert (told.rewarm_id, told.outcome) == (7, RewarmOutcome.STOPPED)
+        assert told.experts_done + told.experts_left_out == told.experts_total > 0
+        engine.take(StopRewarm(7))
+        assert engine.between_steps() == []
+
+
+async def test_a_supervised_engine_rewarms(path):
+    flags = {"model": str(path), "dense_backend": "resident", **memory_for(path, 9)}
+    [config] = load_config(flags=flags, environ={}).all_models
+    hot_set = some_hot_set(4)
+
+    async def ready_at_once(_loaded: Loaded) -> None:
+        pass
+
+    supervisor = Supervisor(
+        config,
+        ready_at_once,
+        ENGINE_COMMAND,
+        PATIENCE,
+        Startup("tiny"),
+        hot_set=Notebook(hot_set),
+    )
+    supervisor.start()
+    try:
+        await asyncio.wait_for(supervisor.startup.feed.wait_for(ServerState.READY), WAIT_S)
+        for prompt in STORM:
+            with supervisor.admit() as request:
+                supervisor.submit(request, Submit(request.request_id, prompt, 2, []))
+                async for _ in request:
+                    pass
+        told = [progress async for progress in supervisor.rewarm()]
+        assert told[-1].outcome is RewarmOutcome.DONE
+        assert told[-1].experts_done == told[-1].experts_total > 0
+    finally:
+        await supervisor.stop()
+
+
 # Servers
 
 
@@ -238,10 +368,9 @@ async def test_after_kill_9_the_last_periodic_save_counts(path, tmp_path):
     assert min(read(path, file).visits) > min(before.visits) + 2 * NEW_TOKENS
 
 
-@pytest.mark.parametrize("content", [encode(some_hot_set(), "another"), b"{}", b"\0" * 1000])
-async def test_a_damaged_file_is_warned_about_and_nothing_else(path, tmp_path, content):
+async def test_a_damaged_file_is_warned_about_and_nothing_else(path, tmp_path):
     file = tmp_path / "hot.json"
-    file.write_bytes(content)
+    file.write_bytes(encode(some_hot_set(), "mine")[:-9])
     async with serving(path, file) as (process, client):
         assert len(await asyncio.to_thread(ask, client, 1)) == 1
         process.terminate()

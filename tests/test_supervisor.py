@@ -1,6 +1,7 @@
 """The engine's lives, with a fake engine and a warm-up that only counts."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from structlog.testing import capture_logs
 from moe_server.config import Config
 from moe_server.engine_link import EngineLink
 from moe_server.errors import MoeServerError, Reason
-from moe_server.messages import Loaded, Submit
+from moe_server.messages import NO_HOT_SET, HotSet, Loaded, RewarmOutcome, Submit
 from moe_server.patience import longest_step_s
 from moe_server.startup import Startup
 from moe_server.state import ServerState
@@ -25,7 +26,7 @@ from tests.front_door import FAKE_ENGINE, PATIENCE, WAIT_S, eventually, make_con
 
 
 @asynccontextmanager
-async def supervised(*flags, prove=None, command=None, patience=PATIENCE):
+async def supervised(*flags, prove=None, command=None, patience=PATIENCE, hot_set=None):
     async def proved(_loaded: Loaded) -> None:
         if prove is not None:
             await prove()
@@ -36,6 +37,7 @@ async def supervised(*flags, prove=None, command=None, patience=PATIENCE):
         command or (*FAKE_ENGINE, *flags),
         patience,
         Startup("demo"),
+        hot_set=hot_set,
     )
     supervisor.start()
     try:
@@ -356,3 +358,113 @@ def test_the_longest_step_allows_for_what_must_be_computed():
     at_rest = longest_step_s(config, 0)
     assert 30 < at_rest < 40
     assert longest_step_s(config, 10**9) > at_rest + 100
+
+
+# Rewarming
+
+
+async def outcomes(rewarming) -> list[tuple[int, RewarmOutcome | None]]:
+    return [(progress.experts_done, progress.outcome) async for progress in rewarming]
+
+
+async def test_a_rewarming_tells_its_progress_and_that_it_is_done():
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        for _ in range(2):
+            told = await outcomes(supervisor.rewarm())
+            assert told == [(1, None), (2, None), (3, RewarmOutcome.DONE)]
+        supervisor.stop_rewarm()  # there is none: nothing happens
+        assert await tokens(supervisor, [5], 1) == [6]
+
+
+async def test_a_rewarming_can_be_stopped_and_no_second_one_begins_meanwhile():
+    async with supervised("--rewarm-steps", "100000") as supervisor:
+        await reach(supervisor, ServerState.READY)
+        rewarming = supervisor.rewarm()
+        assert (await anext(rewarming)).outcome is None
+        with pytest.raises(MoeServerError, match="already") as caught:
+            await anext(supervisor.rewarm())
+        assert caught.value.reason is Reason.EXHAUSTED
+        supervisor.stop_rewarm()
+        assert (await outcomes(rewarming))[-1][1] is RewarmOutcome.STOPPED
+
+
+@pytest.mark.parametrize("how", ["closed", "cancelled"])
+async def test_a_rewarming_that_is_left_is_stopped_and_disturbs_the_next_one_by_nothing(how):
+    async with supervised("--rewarm-steps", "100000") as supervisor:
+        await reach(supervisor, ServerState.READY)
+        for _ in range(3):
+            rewarming = supervisor.rewarm()
+            first = await anext(rewarming)
+            assert (first.experts_done, first.outcome) == (1, None)
+            if how == "closed":
+                await rewarming.aclose()
+            else:
+                task = asyncio.create_task(outcomes(rewarming))
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_an_engine_that_is_lost_ends_its_rewarming_as_unavailable():
+    async with supervised("--rewarm-steps", "100000") as supervisor:
+        with pytest.raises(MoeServerError, match="starting") as caught:
+            await anext(supervisor.rewarm())
+        assert caught.value.reason is Reason.UNAVAILABLE
+        await reach(supervisor, ServerState.READY)
+        rewarming = supervisor.rewarm()
+        await anext(rewarming)
+        os.kill(supervisor.engine_pid, signal.SIGKILL)
+        with pytest.raises(MoeServerError, match="lost while it rewarmed") as caught:
+            await outcomes(rewarming)
+        assert caught.value.reason is Reason.UNAVAILABLE
+        await reach(supervisor, ServerState.READY)
+        async with contextlib.aclosing(supervisor.rewarm()) as rewarming:
+            assert (await anext(rewarming)).experts_done == 1
+
+
+# The hot set
+
+
+class Notebook:
+    """Stands in for a HotSetKeeper."""
+
+    def __init__(self, latest: HotSet = NO_HOT_SET) -> None:
+        self.kept = [latest]
+
+    async def latest(self) -> HotSet:
+        return self.kept[-1]
+
+    def keep(self, hot_set: HotSet) -> None:
+        self.kept.append(hot_set)
+
+    async def saved(self) -> None:
+        pass
+
+
+async def test_engines_are_told_the_hot_set_and_asked_for_theirs_at_a_drain():
+    notebook = Notebook(HotSet([4.0], [[0.5]]))
+    async with supervised(hot_set=notebook) as supervisor:
+        await supervisor.drain()  # nothing has loaded: nobody is asked
+        assert len(notebook.kept) == 1
+        supervisor.undrain()
+        await reach(supervisor, ServerState.READY)
+        await supervisor.drain()
+        assert notebook.kept[-1].visits == [5.0]
+        os.kill(supervisor.engine_pid, signal.SIGKILL)
+        await eventually(lambda: supervisor.num_restarts and supervisor.phase is ServerState.READY)
+        await supervisor.drain()
+        assert notebook.kept[-1].visits == [6.0]
+
+
+async def test_a_drain_does_not_wait_for_ever_for_a_hung_engine():
+    notebook = Notebook()
+    patience = replace(PATIENCE, shutdown_s=0.1)
+    async with supervised(hot_set=notebook, patience=patience) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        os.kill(supervisor.engine_pid, signal.SIGSTOP)
+        async with asyncio.timeout(WAIT_S):
+            with capture_logs() as logs:
+                await supervisor.drain()
+        assert "busy" in logs[-1]["event"]
+        assert len(notebook.kept) == 1

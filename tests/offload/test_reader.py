@@ -487,6 +487,34 @@ def test_a_preload_uses_the_whole_depth_and_goes_last(file, monkeypatch):
     assert gate.offsets[3:] == [*blocks_of(1, 4), *blocks_of(1, 3), *blocks_of(1, 2)]
 
 
+def test_background_reads_wait_until_nothing_else_is_read(file, monkeypatch):
+    gate, targets = Gate(monkeypatch), [Target() for _ in range(2)]
+    with running_reader(num_threads=3) as reader:
+        submit_blocks(reader, file, 3, 0, Priority.BACKGROUND, targets[0])
+        gate.await_call()
+        # Two threads have nothing to do. A second block of the background would be before these.
+        submit_blocks(reader, file, 2, 3, Priority.DEMAND, targets[1])
+        for _ in range(2):
+            gate.await_call()
+        assert sorted(gate.offsets) == [0, *blocks_of(2, 3)]
+        gate.opened.set()
+    assert gate.offsets[3:] == blocks_of(2, 1)
+    targets[0].holds(CONTENT[: 3 * CHUNK_BYTES], 0)
+
+
+@pytest.mark.parametrize("priority", [Priority.DEMAND, Priority.PREFETCH, Priority.PRELOAD])
+def test_no_background_block_is_begun_beside_another_read(file, monkeypatch, priority):
+    gate, targets = Gate(monkeypatch), [Target() for _ in range(2)]
+    with running_reader(num_threads=2) as reader:
+        submit_blocks(reader, file, 1, 0, priority, targets[0])
+        gate.await_call()
+        submit_blocks(reader, file, 1, 1, Priority.BACKGROUND, targets[1])
+        with reader.lock:
+            assert reader._take() is None
+        gate.opened.set()
+    targets[1].holds(CONTENT[CHUNK_BYTES : 2 * CHUNK_BYTES], 0)
+
+
 def test_a_promoted_prefetch_overtakes_the_others(file, monkeypatch):
     gate, targets = Gate(monkeypatch), [Target(), Target()]
     with running_reader(num_threads=1) as reader:
