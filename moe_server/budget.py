@@ -7,10 +7,10 @@ against what the machine (or its memory cgroup) has. Pure Python.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from moe_server import cgroups
 from moe_server.checkpoint import Checkpoint
 from moe_server.config import ModelConfig
 from moe_server.errors import MoeServerError, Reason
@@ -212,46 +212,7 @@ def available_memory_bytes() -> int:
     with Path("/proc/meminfo").open(encoding="ascii") as stream:
         fields = dict(line.split(":", 1) for line in stream)
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([available, *_cgroup_room()])
-
-
-def _cgroup_room() -> Iterator[int]:
-    """What each memory cgroup around this process leaves; its page cache does not count as used."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, limit, usage, cached = (
-                "/sys/fs/cgroup/memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-                ("total_inactive_file", "total_active_file"),
-            )
-        elif not controllers:
-            root, limit, usage, cached = (
-                "/sys/fs/cgroup",
-                "memory.max",
-                "memory.current",
-                ("inactive_file", "active_file"),
-            )
-        else:
-            continue
-        # A limit may also stand further up. Inside a container the group's own path may not be
-        # visible; the root then is our group.
-        path = PurePosixPath(group)
-        for folder in (Path(f"{root}{level}") for level in (path, *path.parents)):
-            try:
-                limit_bytes = int((folder / limit).read_text())
-                used_bytes = int((folder / usage).read_text())
-                stat = dict(
-                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
-                )
-            except (OSError, ValueError):  # "max" is no number: no limit
-                continue
-            yield limit_bytes - used_bytes + sum(int(stat.get(name, 0)) for name in cached)
+    return min([available, *cgroups.memory_room()])
 
 
 def format_bytes(count: int) -> str:
@@ -386,5 +347,8 @@ def _quantised_bytes(rows: int, columns: int) -> int:
 
 
 def usable_cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores this process may use: those it may run on, or what a container's quota is worth.
+
+    More threads than that would use the quota up early in each period, and all stand still then.
+    """
+    return min([len(os.sched_getaffinity(0)), *(max(1, int(one)) for one in cgroups.cpu_quotas())])

@@ -205,7 +205,8 @@ class ModelConfig(Section):
     """On CUDA: compute an expert in host memory where that takes less time than copying it. Sums
     are rounded in another order there, so a token may then depend on where an expert was."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """CPU threads for computing; unset: one for each core this process may use."""
+    """CPU threads for computing; unset: one for each core this process may use, or that its
+    container's CPU quota is worth."""
 
     scheduler: SchedulerConfig = SchedulerConfig()
     warmup: WarmupConfig = WarmupConfig()

@@ -5,7 +5,6 @@ time, the next one is read past the page cache. Knows no files to be written; `p
 """
 
 import mmap
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from moe_server.budget import usable_cores
 from moe_server.checkpoint import Checkpoint, DenseTensor
 from moe_server.errors import MoeServerError
 from moe_server.kernels.formats import BLOCK_ROWS, MatrixLayout, WeightFormat
@@ -68,7 +68,7 @@ class MatrixMaker:
         self._reader = Reader(READ_THREADS, READ_BLOCK_BYTES)
         # Each works on rows of its own; torch would split every small product once more.
         self._executor = ThreadPoolExecutor(
-            threads or len(os.sched_getaffinity(0)), "quantise", torch.set_num_threads, (1,)
+            threads or usable_cores(), "quantise", torch.set_num_threads, (1,)
         )
         expert_matrix = source.hidden_size * source.intermediate_size * source.itemsize
         largest = max(expert_matrix, *(tensor.nbytes for tensor in source.dense.values()))

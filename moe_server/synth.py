@@ -7,7 +7,6 @@ the server. The CLI calls it.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import click
 
+from moe_server.budget import usable_cores
 from moe_server.config import parse_bytes
 from moe_server.directory import complete_or_absent, refuse_small_disk
 from moe_server.json_file import write_json
@@ -82,7 +82,7 @@ def synth(
     """
     started = time.perf_counter()
     out = out.resolve()
-    threads = threads or min(len(os.sched_getaffinity(0)) + 1, MAX_THREADS)
+    threads = threads or min(usable_cores() + 1, MAX_THREADS)
     shards = spec.shards()
     size_bytes = sum(shard.file_bytes for shard in shards.values())
     with complete_or_absent(

@@ -38,6 +38,7 @@ ENGINE_SIDE = (
 )
 FRONT_DOOR = (
     "budget",
+    "cgroups",
     "checkpoint",
     "cli",
     "client",

@@ -1,9 +1,8 @@
 """The arithmetic of memory over random models, and the files of the kernel that bound it."""
 
-import io
 import re
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -350,115 +349,6 @@ def test_its_room_may_be_the_last_that_was_missing():
     larger = held.device_budget_bytes + held.slot_bytes
     config = make_config(device_memory=larger, dense_backend="resident")
     assert plan_memory(config, checkpoint).embedding_on_disk_bytes == 0
-
-
-# What the kernel says
-
-
-@pytest.fixture
-def kernel(monkeypatch, tmp_path):
-    """A function that writes files of /proc and /sys, which the budget then reads."""
-
-    def write(files: dict[str, str]) -> None:
-        for name, content in files.items():
-            file = tmp_path / name.lstrip("/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(content)
-
-    def fake_path(name: str | PurePosixPath) -> Path:
-        return Path(f"{tmp_path}{name}")
-
-    def fake_open(name: str, *_args, **_kwargs):
-        return io.StringIO(fake_path(name).read_text())
-
-    monkeypatch.setattr(budget, "Path", fake_path)
-    monkeypatch.setattr(budget, "open", fake_open, raising=False)
-    write({"/proc/meminfo": "MemTotal:       9000 kB\nMemAvailable:    8000 kB\nHugePages:  0\n"})
-    return write
-
-
-def group_v2(limit: str, used: int, inactive: int = 0, active: int = 0) -> dict[str, str]:
-    return {
-        "memory.max": f"{limit}\n",
-        "memory.current": f"{used}\n",
-        "memory.stat": f"anon 5\ninactive_file {inactive}\nactive_file {active}\n",
-    }
-
-
-def at(folder: str, files: dict[str, str]) -> dict[str, str]:
-    return {f"{folder}/{name}": content for name, content in files.items()}
-
-
-def test_without_cgroups_it_is_what_the_machine_has(kernel):
-    assert budget.available_memory_bytes() == 8000 * 1024
-
-
-def test_a_v2_group_leaves_its_limit_less_what_it_uses_but_cache(kernel):
-    kernel({"/proc/self/cgroup": "0::/service\n"})
-    kernel(at("/sys/fs/cgroup/service", group_v2("5000000", 3000000, 1000, 500)))
-    assert budget.available_memory_bytes() == 5000000 - 3000000 + 1500
-
-
-def test_a_v2_group_without_a_limit_leaves_what_the_machine_has(kernel):
-    kernel({"/proc/self/cgroup": "0::/service\n"})
-    kernel(at("/sys/fs/cgroup/service", group_v2("max", 3000000)))
-    assert budget.available_memory_bytes() == 8000 * 1024
-
-
-def test_inside_a_container_the_root_is_our_group(kernel):
-    kernel({"/proc/self/cgroup": "0::/../../pod/container\n"})
-    kernel(at("/sys/fs/cgroup", group_v2("4000000", 1000000)))
-    assert budget.available_memory_bytes() == 3000000
-
-
-def test_a_limit_further_up_counts_too(kernel):
-    """systemd puts limits on slices, Kubernetes on pods."""
-    kernel({"/proc/self/cgroup": "0::/pod.slice/inner.slice/service\n"})
-    root = "/sys/fs/cgroup/pod.slice"
-    kernel(at(root, group_v2("2000000", 500000)))
-    kernel(at(f"{root}/inner.slice", group_v2("max", 500000)))
-    kernel(at(f"{root}/inner.slice/service", group_v2("5000000", 400000)))
-    assert budget.available_memory_bytes() == 1500000
-
-
-def test_a_v1_group(kernel):
-    kernel({"/proc/self/cgroup": "11:cpu,cpuacct:/other\n4:memory:/service\n"})
-    kernel(
-        at(
-            "/sys/fs/cgroup/memory/service",
-            {
-                "memory.limit_in_bytes": "6000000",
-                "memory.usage_in_bytes": "2000000",
-                "memory.stat": "total_inactive_file 300\ntotal_active_file 20\nactive_file 9999\n",
-            },
-        )
-    )
-    assert budget.available_memory_bytes() == 4000320
-
-
-def test_a_v1_group_without_a_limit(kernel):
-    kernel({"/proc/self/cgroup": "4:memory:/\n"})
-    kernel(
-        at(
-            "/sys/fs/cgroup/memory",
-            {
-                "memory.limit_in_bytes": "9223372036854771712",
-                "memory.usage_in_bytes": "2000000",
-                "memory.stat": "total_inactive_file 300\n",
-            },
-        )
-    )
-    assert budget.available_memory_bytes() == 8000 * 1024
-
-
-def test_of_two_hierarchies_the_tighter_one_counts(kernel):
-    kernel({"/proc/self/cgroup": "4:memory:/a\n0::/a\n"})
-    kernel(at("/sys/fs/cgroup/a", group_v2("3000000", 0)))
-    assert budget.available_memory_bytes() == 3000000
-
-
-def test_the_real_files_of_this_machine_can_be_read():
-    assert budget.available_memory_bytes() > 2**20
 
 
 @pytest.mark.parametrize(
