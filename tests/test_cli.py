@@ -1,6 +1,7 @@
 """The commands as a user calls them: output, exit codes, signals. No torch anywhere."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -411,6 +412,8 @@ async def test_plan_and_check_config(tmp_path):
     plan = json.loads(invoke("plan", "--json").stdout)
     assert plan["minimum_device_bytes"] <= plan["device_budget_bytes"]
     assert "expert slots" in invoke("plan").stdout
+    assert re.search(r"memory in all .+\navailable here +\d", invoke("plan").stdout)
+    assert plan["available_memory_bytes"] > 0
     assert plan["embedding_on_disk_bytes"] == 0
     paged = ("plan", "--json", "--device-memory", "min", "--dense-backend", "resident")
     on_disk = json.loads(invoke(*paged).stdout)
@@ -482,6 +485,44 @@ async def test_doctor_tells_the_limit_of_the_cgroup_it_runs_in(monkeypatch):
     assert "container" in limit["remedy"]
     monkeypatch.setattr(doctor, "available_memory_bytes", lambda: 2**60)
     assert memory_rows()["cgroup memory limit"]["found"] == "none below what is available"
+
+
+def findings_of(check) -> dict[str, doctor.Finding]:
+    return {finding.check: finding for finding in check()}
+
+
+async def test_doctor_tells_of_a_kernel_without_huge_pages(monkeypatch, tmp_path):
+    file = tmp_path / "enabled"
+    monkeypatch.setattr(doctor, "HUGE_PAGES", file)
+    for modes, is_ok in (("always [madvise] never\n", True), ("always madvise [never]\n", False)):
+        file.write_text(modes)
+        found = findings_of(doctor.check_huge_pages)["huge pages"]
+        assert (found.is_ok, found.found) == (is_ok, modes.strip())
+        assert (f"echo madvise > {file}" in found.remedy) is not is_ok
+
+
+async def test_doctor_minds_the_memlock_limit_where_there_is_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path / "version")
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (8 * 2**20, 8 * 2**20))
+    assert findings_of(doctor.check_memlock)["memlock limit"].is_ok
+    doctor.NVIDIA_DRIVER.touch()
+    limit = findings_of(doctor.check_memlock)["memlock limit"]
+    assert (limit.is_ok, limit.found) == (False, "8.0 MiB")
+    assert "containerd" in limit.remedy
+
+
+async def test_doctor_looks_at_the_disk_of_a_checkpoint_that_it_may_only_read(monkeypatch):
+    def read_only(*_args, **_kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", read_only)
+    demo = Path(doctor.__file__).parents[1] / "demo"
+    for folder, is_ok in ((demo, True), (demo.parent, False)):
+        rows = json.loads(invoke("doctor", "--json", "--model", str(folder)).stdout)
+        [direct] = [row for row in rows if row["check"] == "O_DIRECT"]
+        assert direct["is_ok"] is is_ok
+        assert str(folder) in direct["found"]
 
 
 def _nothing_installed(name: str) -> str:

@@ -13,12 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import click
 
-from moe_server.budget import available_memory_bytes
+from moe_server.budget import available_memory_bytes, usable_cores
 from moe_server.commands.format import format_bytes
 
 PACKAGES = ("torch", "transformers", "deepspeed", "safetensors", "grpcio", "pyzmq", "tokenizers")
@@ -32,6 +33,8 @@ NO_KERNELS_COST = (
     "int8, 16 to 65 times in int4"
 )
 """At 1 to 128 rows, on a machine with AVX-512 (benchmarks/LOG.md, 2026-11-25)."""
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 FREE_MEMORY_JITTER_BYTES = 64 * 2**20
 
 
@@ -45,14 +48,21 @@ class Finding:
     remedy: str = ""
 
 
-@click.command(epilog="Example: moe-server doctor --json")
+@click.command(epilog="Example: moe-server doctor --model /models/Mixtral-8x7B")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    default=".",
+    help="Look at the disk of this checkpoint; otherwise at that of the working directory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(*, as_json: bool) -> None:
+def doctor(model: Path, *, as_json: bool) -> None:
     """Check this machine: libraries, CPU, memory, disk and GPU.
 
     A warning says what would work less well and what to do; the exit code is 0 all the same.
     """
-    findings = [finding for check in CHECKS for finding in _safely(check)]
+    checks = (*CHECKS, partial(check_disk, model.resolve()))
+    findings = [finding for check in checks for finding in _safely(check)]
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
         return
@@ -68,7 +78,8 @@ def _safely(check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
         return check()
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        name = check.__name__.removeprefix("check_")
+        function = check.func if isinstance(check, partial) else check
+        name = function.__name__.removeprefix("check_")
         return [Finding(name, is_ok=False, found=f"cannot be told: {error}")]
 
 
@@ -118,9 +129,9 @@ def check_cpu() -> list[Finding]:
             break
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     has = [name for name in wanted if name in flags]
-    usable = len(os.sched_getaffinity(0))
+    cores = f"{usable_cores()} usable of {os.cpu_count()}"
     return [
-        Finding("CPU cores", is_ok=True, found=f"{usable} usable of {os.cpu_count()}"),
+        Finding("CPU cores", is_ok=True, found=cores),
         Finding(
             "CPU features",
             "avx2" in flags,
@@ -198,35 +209,57 @@ def _memory_finding(check: str, available: int, found: str, remedy: str) -> Find
     return Finding(check, is_ok, found, "" if is_ok else remedy)
 
 
+def check_huge_pages() -> list[Finding]:
+    """Whether the kernel gives huge pages to a program that asks for them."""
+    modes = HUGE_PAGES.read_text(encoding="ascii").strip()
+    is_ok = "[never]" not in modes
+    remedy = (
+        ""
+        if is_ok
+        else "Disks fill small pages two to three times slower: "
+        f"echo madvise > {HUGE_PAGES}, on the machine itself."
+    )
+    return [Finding("huge pages", is_ok, modes, remedy)]
+
+
 def check_memlock() -> list[Finding]:
     """How much memory may be pinned."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY:
         return [Finding("memlock limit", is_ok=True, found="unlimited")]
+    if not NVIDIA_DRIVER.exists():
+        found = f"{format_bytes(soft)}; memory is pinned for CUDA only"
+        return [Finding("memlock limit", is_ok=True, found=found)]
     return [
         Finding(
             "memlock limit",
             is_ok=False,
             found=format_bytes(soft),
-            remedy="Pinned host memory may be refused: `ulimit -l unlimited`, LimitMEMLOCK= in "
-            "systemd, or CAP_IPC_LOCK in a container.",
+            remedy="Pinned host memory may be refused: `ulimit -l unlimited`; in systemd "
+            "LimitMEMLOCK=infinity, of containerd's unit for containers, which have its limit. "
+            "(CAP_IPC_LOCK helps a container's root only.)",
         )
     ]
 
 
-def check_disk() -> list[Finding]:
+def check_disk(folder: Path) -> list[Finding]:
     """Room, and whether reads can pass the page cache by."""
-    here = Path.cwd()
-    free = shutil.disk_usage(here).free
+    free = shutil.disk_usage(folder).free
     is_ok = free >= LOW_DISK_BYTES
     remedy = "" if is_ok else "A packed or synthetic checkpoint may not fit here."
-    return [Finding("free disk", is_ok, f"{format_bytes(free)} at {here}", remedy), _direct(here)]
+    found = f"{format_bytes(free)} at {folder}"
+    return [Finding("free disk", is_ok, found, remedy), _direct(folder)]
 
 
 def _direct(folder: Path) -> Finding:
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-server-") as file:
-            os.close(os.open(file.name, os.O_RDONLY | os.O_DIRECT))
+        # A checkpoint may be mounted read-only.
+        file = next((file for file in folder.glob("*.safetensors")), None)
+        if file is not None:
+            _open_direct(file)
+        else:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-server-") as scratch:
+                _open_direct(Path(scratch.name))
     except OSError as error:
         return Finding(
             "O_DIRECT",
@@ -238,13 +271,16 @@ def _direct(folder: Path) -> Finding:
     return Finding("O_DIRECT", is_ok=True, found=f"works at {folder}")
 
 
+def _open_direct(file: Path) -> None:
+    os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+
+
 def check_gpu() -> list[Finding]:
     """NVIDIA devices, as the driver sees them."""
     # Asking torch would import it, which takes seconds; the driver's files say as much.
-    driver = Path("/proc/driver/nvidia/version")
-    if not driver.exists():
+    if not NVIDIA_DRIVER.exists():
         return [Finding("GPU", is_ok=True, found="no NVIDIA driver; --device cpu works")]
-    num_devices = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    num_devices = len(list(NVIDIA_DRIVER.with_name("gpus").glob("*")))
     return [
         Finding(
             "GPU",
@@ -267,7 +303,7 @@ CHECKS = (
     check_cpu,
     check_kernels,
     check_memory,
+    check_huge_pages,
     check_memlock,
-    check_disk,
     check_gpu,
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from moe_server.budget import available_memory_bytes
 from moe_server.commands.config_flags import description, with_config
 from moe_server.commands.format import format_bytes, print_table
 from moe_server.config import Config, known_keys
@@ -21,11 +22,13 @@ def plan(config: Config, *, as_json: bool) -> None:
     if as_json:
         figures = [_figures(model) for model in planned]
         # The first model's stand at the top, as with one model.
-        click.echo(json.dumps({**figures[0], "models": figures}))
+        available = {"available_memory_bytes": available_memory_bytes()}
+        click.echo(json.dumps({**figures[0], "models": figures, **available}))
         return
     rows = [row for model in planned for row in _rows(model)]
     if len(planned) > 1:
         rows.append(("memory of all", format_bytes(sum(model.memory_bytes for model in planned))))
+    rows.append(("available here", format_bytes(available_memory_bytes())))
     print_table(rows, to_stdout=True)
 
 
