@@ -103,7 +103,7 @@ def _exit_code(error: MoeServerError) -> int:
     epilog="Exit codes: 0 success; 2 wrong usage, configuration or request; 3 no server at the "
     "target; 4 not ready in time; 5 a limit was missed; 6 the server refused for now (not ready, "
     "full, or past the deadline), a retry can succeed; 130 interrupted; 141 the reader of stdout "
-    "has gone.",
+    "has gone; 143 terminated.",
 )
 @click.version_option(__version__, prog_name="moe-server")
 def cli() -> None:

@@ -408,6 +408,21 @@ async def test_warmup_exits_with_4_at_once_when_the_server_failed(tmp_path):
     assert "No memory" in json.loads(report.read_text())["error"]
 
 
+async def test_a_containers_first_process_can_be_terminated():
+    """Not by the kernel: it spares process 1 a signal without a handler."""
+    as_process_1 = "import os; os.getpid = lambda: 1; from moe_server.__main__ import main; main()"
+    is_at_work = asyncio.Event()
+    listener = await asyncio.start_server(lambda *_: is_at_work.set(), "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", as_process_1, "warmup", "--target", f"127.0.0.1:{port}"
+        )
+        await asyncio.wait_for(is_at_work.wait(), WAIT_S)
+        process.terminate()
+        assert await asyncio.wait_for(process.wait(), WAIT_S) == 128 + signal.SIGTERM
+
+
 async def test_plan_and_check_config(tmp_path):
     plan = json.loads(invoke("plan", "--json").stdout)
     assert plan["minimum_device_bytes"] <= plan["device_budget_bytes"]
