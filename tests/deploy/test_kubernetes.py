@@ -22,6 +22,7 @@ VERSIONS = ("1.30", kubernetes_validate.latest_version())
 FRONT_DOOR_BYTES = 2**30
 CUDA_HOST_BYTES = 4 * 2**30
 """What CUDA and its libraries may take of the host's memory beside the plan; not measured yet."""
+SLOW_PROBE_S = 60
 
 FOLDERS = ("base", "mixtral-a100", "gate")
 
@@ -202,15 +203,13 @@ def test_the_gate_proves_every_replica(deployment, gate):
     assert deployment.get("Service", pods)["spec"]["publishNotReadyAddresses"]
     name, port = stateful_set["metadata"]["name"], port_of(deployment.config.listen)
     assert given["target"] == f"{name}-$(JOB_COMPLETION_INDEX).{pods}:{port}"
-    # What readiness was a proof of, the gate lets pass.
-    assert given["max_ttft_ms"] >= deployment.config.warmup.max_ttft_ms
+    assert given["max_ttft_ms"] is None, "what readiness was a proof of"
 
 
 def test_the_gate_fails_for_a_reason_of_its_own(gate):
     container, spec = container_of(gate), gate["spec"]
     assert container["args"][0] == warmup.name
     given = warmup.make_context("warmup", list(container["args"][1:])).params
-    probing_s = NUM_PROBES * given["max_ttft_ms"] / 1000
-    assert spec["activeDeadlineSeconds"] > given["timeout"] + 10 * probing_s
+    assert spec["activeDeadlineSeconds"] >= given["timeout"] + NUM_PROBES * SLOW_PROBE_S
     assert spec["backoffLimitPerIndex"] == 0, "a missed limit is not tried away"
     assert container["image"].rpartition(":")[2] == __version__
