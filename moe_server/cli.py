@@ -34,6 +34,7 @@ COMMANDS = {
     "warmup": "moe_server.commands.warmup:warmup",
     "status": "moe_server.commands.operate:status",
     "drain": "moe_server.commands.operate:drain",
+    "rewarm": "moe_server.commands.rewarm:rewarm",
     "undrain": "moe_server.commands.operate:undrain",
     "plan": "moe_server.commands.plan:plan",
     "check-config": "moe_server.commands.plan:check_config",

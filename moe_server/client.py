@@ -283,6 +283,23 @@ class Client:
         with self._readable_errors():
             self._admin.Undrain(admin_pb2.UndrainRequest(), timeout=self._timeout_s)
 
+    def run_warmup(self, model: str = "") -> Iterator[admin_pb2.RunWarmupResponse]:
+        """Rewarms a READY model; yields how far that is, the last time with its probes.
+
+        Args:
+            model: Which one; empty: the server's first.
+
+        Raises:
+            MoeServerError: The server refused, or the engine was lost.
+        """
+        request = admin_pb2.RunWarmupRequest(model=model)
+        with self._readable_errors():
+            call = self._admin.RunWarmup(request)
+            try:
+                yield from call
+            finally:
+                call.cancel()
+
     def record_requests(self, model: str, count: int, timeout_s: float) -> Iterator[str]:
         """Yields real requests as the server accepts them: lines for the file of warmup.requests.
 

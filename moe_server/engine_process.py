@@ -147,6 +147,7 @@ def _serve(
             outlasts_engine=lasting is not None,
             expert_s=resident_expert_s(engine),
             disk_bytes_per_s=engine.cache.tiers.cost.disk.bytes_per_s or 0.0,
+            copy_bytes_per_s=engine.cache.tiers.cost.copy.bytes_per_s or 0.0,
         )
     )
     while True:

@@ -294,6 +294,8 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     """Computing one expert that is on the device, with one row."""
     disk_bytes_per_s: float = 0.0
     """What loading has read at; 0: it has read nothing."""
+    copy_bytes_per_s: float = 0.0
+    """What experts come from host memory to the device at; 0: none has come."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):

@@ -16,6 +16,8 @@ from moe_server.warmup.probe import Probe
 SLACK = 4.0
 TTFT_CONSTANT_S = 1.0
 TPOT_CONSTANT_S = 0.25
+SLOW_COPY_BYTES_PER_S = 5e9
+"""Where nothing has been copied yet: a slow bus, or the memory of a small machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +27,17 @@ class Speeds:
     expert_s: float = 0.0
     """One expert that is on the device, with one row."""
     disk_bytes_per_s: float = 0.0
+    copy_bytes_per_s: float = 0.0
+    """From host memory to the device."""
 
     def best_of(self, other: "Speeds") -> "Speeds":
         """A machine that was once this fast can be so again: what ails it excuses nothing."""
         known = [one.expert_s for one in (self, other) if one.expert_s]
-        disk = max(self.disk_bytes_per_s, other.disk_bytes_per_s)
-        return Speeds(min(known, default=0.0), disk)
+        return Speeds(
+            min(known, default=0.0),
+            max(self.disk_bytes_per_s, other.disk_bytes_per_s),
+            max(self.copy_bytes_per_s, other.copy_bytes_per_s),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +54,13 @@ class Work:
         """Seconds of one step with so many tokens, each with experts of its own choice."""
         plan = self.plan
         wanted = min(self.num_experts, num_tokens * self.num_experts_per_token)
-        absent = wanted * plan.num_absent / max(1, plan.num_experts_total)
+        share = wanted / max(1, plan.num_experts_total)
         read_s = plan.expert_bytes / speeds.disk_bytes_per_s if speeds.disk_bytes_per_s else 0.0
+        copy_s = plan.expert_bytes / (speeds.copy_bytes_per_s or SLOW_COPY_BYTES_PER_S)
+        away_s = share * (plan.num_absent * read_s + plan.num_records * copy_s)
         # What is dense takes as long as experts of as many bytes do.
         dense_s = speeds.expert_s * plan.dense_bytes / max(1, plan.expert_bytes)
-        return dense_s + self.num_layers * (wanted * speeds.expert_s + absent * read_s)
+        return dense_s + self.num_layers * (wanted * speeds.expert_s + away_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ Knows the protocol and an address; neither the supervisor that awaits it nor the
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 5.0
 """Between two tries of a stage."""
+
+LOWEST_PRIORITY = -10
 
 REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -91,6 +93,22 @@ class WarmUp:
         """They go on from round to round and from life to life: a prompt seen before would find its
         experts in memory."""
 
+    async def check(self) -> AsyncGenerator[Probe, None]:
+        """Probes of a READY model, one after another and behind all other requests.
+
+        Raises:
+            MoeServerError: A request failed.
+        """
+        async with self._channel() as channel:
+            for _ in range(self._config.probes):
+                seed = next(self._seeds)
+                try:
+                    yield await send_probe(
+                        channel, self._shape, seed, self._metadata, priority=LOWEST_PRIORITY
+                    )
+                except grpc.aio.AioRpcError as error:
+                    raise _failure(error) from None
+
     async def prove(self, limits: Limits) -> None:
         """Returns when every probe of a round kept the limits, or when that is not insisted on.
 
@@ -99,9 +117,7 @@ class WarmUp:
                 UNAVAILABLE where the last one failed for a cause that can pass.
         """
         self.limits, self.probes, self.degraded = limits, [], ""
-        # A proxy that the environment names is for the way out, not for our own listener.
-        options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
-        async with grpc.aio.insecure_channel(self._target, options=options) as channel:
+        async with self._channel() as channel:
             if not self._was_proven:
                 await self._stage(SHAPES, lambda _: self._send_shapes(channel))
                 if self._first.recorded:
@@ -117,6 +133,11 @@ class WarmUp:
                 log.warning("ready, but slower than its limits", missed=error.message)
                 return
         self._was_proven = True
+
+    def _channel(self) -> grpc.aio.Channel:
+        # A proxy that the environment names is for the way out, not for our own listener.
+        options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+        return grpc.aio.insecure_channel(self._target, options=options)
 
     async def _stage(
         self, name: str, work: Callable[[int], Awaitable[None]], first: int = 1

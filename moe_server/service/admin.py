@@ -7,6 +7,7 @@ callers loopback peers: give it the main listener only after blocking these meth
 
 import asyncio
 import math
+from contextlib import aclosing
 
 import msgspec
 import structlog
@@ -145,6 +146,35 @@ class AdminService:
         log.info("undrain", peer=context.peer())
         self._registry.undrain()
         return pb.UndrainResponse()
+
+    async def RunWarmup(  # noqa: N802  # named by the protocol
+        self, request: pb.RunWarmupRequest, context: Context
+    ) -> None:
+        """Rewarms a live model, then probes it."""
+        self._refuse_strangers(context)
+        running = self._registry.find(request.model)
+        if running.supervisor.state is not ServerState.READY:
+            raise MoeServerError(
+                f"Model {running.name!r} is {running.supervisor.state.value}.",
+                "Try again when it is ready.",
+                reason=Reason.UNAVAILABLE,
+            )
+        log.info("rewarming", peer=context.peer(), model=running.name)
+        told = pb.RunWarmupResponse(model=running.name)
+        async with aclosing(running.supervisor.rewarm()) as rewarming:
+            async for progress in rewarming:
+                told.experts_done = progress.experts_done
+                told.experts_total = progress.experts_total
+                told.experts_left_out = progress.experts_left_out
+                told.bytes_done = progress.bytes_done
+                told.bytes_total = progress.bytes_total
+                await context.write(told)
+        async with aclosing(running.warm_up.check()) as probes:
+            async for probe in probes:
+                told.probes.append(_probe(probe))
+                told.missed = told.missed or running.warm_up.limits.missed(probe)
+        await context.write(told)
+        log.info("rewarmed", model=running.name, missed=told.missed)
 
     async def RecordRequests(  # noqa: N802  # named by the protocol
         self, request: pb.RecordRequestsRequest, context: Context

@@ -119,7 +119,7 @@ class RunningModel:
 
     def limits(self, loaded: Loaded) -> Limits:
         """What the proof holds an engine to that has loaded."""
-        measured = Speeds(loaded.expert_s, loaded.disk_bytes_per_s)
+        measured = Speeds(loaded.expert_s, loaded.disk_bytes_per_s, loaded.copy_bytes_per_s)
         self._speeds = self._speeds.best_of(measured)
         model = self.model
         work = Work(model.num_layers, model.num_experts, model.num_experts_per_token, model.memory)

@@ -29,12 +29,13 @@ def config(recording: str):
 
 async def record(door, tmp_path, count: int, *flags: str, sends: int):
     """Runs the command while `sends` requests are sent; returns its result and its file."""
+    recorder = door.server.models.find("").recorder
+    await eventually(lambda: not recorder._listeners)
     out = tmp_path / "requests.jsonl"
     command = ["warmup", "record", "--target", door.server.address, "--out", str(out)]
     running = asyncio.create_task(
         asyncio.to_thread(CliRunner().invoke, cli, [*command, "--count", str(count), *flags])
     )
-    recorder = door.server.models.find("").recorder
     await eventually(lambda: bool(recorder._listeners) or running.done())
     for number in range(sends):
         asked = request(

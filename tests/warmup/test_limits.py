@@ -42,7 +42,11 @@ def test_a_step_computes_what_it_wants_and_reads_what_is_absent():
     assert work().step_s(16, speeds) == pytest.approx(0.1 + 2 * 8 * 0.01)
     # A quarter of them is on disk, 0.1 s each.
     assert work(num_slots=12).step_s(16, speeds) == pytest.approx(0.1 + 2 * 8 * 0.01 + 4 * 0.1)
-    assert work(num_slots=8, num_records=4).step_s(16, speeds) == pytest.approx(0.26 + 4 * 0.1)
+    in_host = work(num_slots=8, num_records=4)
+    # Another quarter is in host memory: at 5 GB/s, or what was measured.
+    assert in_host.step_s(16, speeds) == pytest.approx(0.26 + 4 * 0.1 + 4 * 0.02)
+    copies = dataclasses.replace(speeds, copy_bytes_per_s=10 * GB)
+    assert in_host.step_s(16, copies) == pytest.approx(0.26 + 4 * 0.1 + 4 * 0.01)
 
 
 def test_what_was_not_measured_costs_nothing():

@@ -56,6 +56,11 @@ class AdminServiceStub(object):
                 request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
                 response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
                 _registered_method=True)
+        self.RunWarmup = channel.unary_stream(
+                '/moe_server.v1.AdminService/RunWarmup',
+                request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RunWarmupRequest.SerializeToString,
+                response_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RunWarmupResponse.FromString,
+                _registered_method=True)
         self.RecordRequests = channel.unary_stream(
                 '/moe_server.v1.AdminService/RecordRequests',
                 request_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RecordRequestsRequest.SerializeToString,
@@ -96,6 +101,15 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunWarmup(self, request, context):
+        """Brings the experts that were wanted most back into memory, behind everything that requests read, and
+        then sends probes, one at a time and at the lowest priority. The model stays READY, whatever they
+        take. UNAVAILABLE unless it is READY, RESOURCE_EXHAUSTED while another one runs. Cancelled, it ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RecordRequests(self, request, context):
         """Generation requests as they are accepted, until `count` have come. FAILED_PRECONDITION unless
         warmup.recording lets it.
@@ -126,6 +140,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Undrain,
                     request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainRequest.FromString,
                     response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainResponse.SerializeToString,
+            ),
+            'RunWarmup': grpc.unary_stream_rpc_method_handler(
+                    servicer.RunWarmup,
+                    request_deserializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RunWarmupRequest.FromString,
+                    response_serializer=moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RunWarmupResponse.SerializeToString,
             ),
             'RecordRequests': grpc.unary_stream_rpc_method_handler(
                     servicer.RecordRequests,
@@ -243,6 +262,33 @@ class AdminService(object):
             '/moe_server.v1.AdminService/Undrain',
             moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainRequest.SerializeToString,
             moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.UndrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunWarmup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moe_server.v1.AdminService/RunWarmup',
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RunWarmupRequest.SerializeToString,
+            moe__server_dot_proto_dot_moe__server_dot_v1_dot_admin__pb2.RunWarmupResponse.FromString,
             options,
             channel_credentials,
             insecure,
