@@ -350,6 +350,7 @@ class Engine:
             demotion_reuse=cost.reuse,
             read_retries=reader.counters.retries,
             checksum_mismatches=reader.counters.mismatches,
+            read_failures=reader.counters.failures,
             buffered_files=reader.buffered_files,
             host_memory_pinned=self.cache.tiers.host.is_pinned,
         )

@@ -243,6 +243,8 @@ class Offload(msgspec.Struct):
     demotion_reuse: float = 0.0
     read_retries: int = 0
     checksum_mismatches: int = 0
+    read_failures: int = 0
+    """Blocks that could not be read at all."""
     buffered_files: int = 0
     host_memory_pinned: bool = False
 

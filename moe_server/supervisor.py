@@ -68,7 +68,7 @@ class Supervisor:
     Args:
         config: The model's; sent to the engine as its first message.
         prove: Awaited after every successful load; READY follows when it returns. Where it raises
-            MoeServerError the model is FAILED until it does; UNAVAILABLE: the engine is restarted.
+            MoeServerError the model is FAILED until it does; UNAVAILABLE: it stays WARMING.
         command: The engine's command line (`ENGINE_COMMAND` but in tests); the address of its
             socket and the descriptors of memory and pulse are appended.
         patience: How long to wait for what.
@@ -107,6 +107,8 @@ class Supervisor:
         self._phase = ServerState.STARTING
         self._loaded = asyncio.Event()
         self._measured: Loaded | None = None
+        self._doubt = asyncio.Event()
+        """Something could not be read since the last proof."""
         self._draining = False
         self._is_ending = False
         self._task: asyncio.Task[None] | None = None
@@ -174,7 +176,7 @@ class Supervisor:
         Raises:
             MoeServerError: UNAVAILABLE in any state but READY, EXHAUSTED where no place is free.
         """
-        is_proving = self._loaded.is_set() and not self._life_ready_at
+        is_proving = self._phase in (ServerState.WARMING, ServerState.FAILED)
         is_open = self.state is ServerState.READY or (is_probe and is_proving)
         if not is_open:
             raise MoeServerError(
@@ -402,6 +404,8 @@ class Supervisor:
                 assert_never(message)
 
     def _take_step(self, link: EngineLink, done: StepDone) -> None:
+        if done.load.offload.read_failures > self.load.offload.read_failures:
+            self._doubt.set()
         self.load = done.load
         if not (done.load.running or done.load.waiting or self._requests.num_pending):
             self._is_busy = False
@@ -461,23 +465,25 @@ class Supervisor:
         return self._patience.busy_s if self._is_busy else self._patience.idle_s
 
     async def _warm_up(self) -> Loss:
+        """Proves, and proves again whenever there is doubt; ends with the engine's life."""
         await self._loaded.wait()
         assert self._measured is not None
         self._enter(ServerState.WARMING)
         while True:
             try:
                 await self._prove(self._measured)
-                break
             except MoeServerError as error:
-                if error.reason is Reason.UNAVAILABLE:
-                    return Loss(error.message, error.remedy, retry=True)
-                self.startup.reason = str(error)
-            log.error("not proven", reason=self.startup.reason)
-            self._enter(ServerState.FAILED)
-            await asyncio.sleep(self._patience.proof_again_s)
-        self.startup.reason = ""
-        self._life_ready_at = time.monotonic()
-        self._stages.note_ready()
-        self._enter(ServerState.READY)
-        await asyncio.Event().wait()  # Until the life ends otherwise.
-        raise AssertionError("nobody sets this event")
+                log.error("not proven", reason=str(error))  # noqa: TRY400  # no surprise
+                if error.reason is not Reason.UNAVAILABLE:
+                    self.startup.reason = str(error)
+                    self._enter(ServerState.FAILED)
+                await asyncio.sleep(self._patience.proof_again_s)
+                continue
+            self._doubt.clear()  # The rounds that failed have set it.
+            self.startup.reason = ""
+            self._life_ready_at = self._life_ready_at or time.monotonic()
+            self._stages.note_ready()
+            self._enter(ServerState.READY)
+            await self._doubt.wait()
+            log.warning("a read failed: proving anew", failures=self.load.offload.read_failures)
+            self._enter(ServerState.WARMING)

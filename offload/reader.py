@@ -183,6 +183,8 @@ class ReadCounters:
     """Blocks that were read again after an error."""
     mismatches: int = 0
     """Blocks whose checksum was wrong."""
+    failures: int = 0
+    """Blocks that could not be read, however often it was tried."""
 
 
 class Reader:
@@ -349,6 +351,7 @@ class Reader:
             self.counters.busy_s += time.perf_counter() - self._busy_since
         ticket.block_ended(index, error)
         if error is not None:
+            self.counters.failures += 1
             with contextlib.suppress(ValueError):
                 self._queues[ticket.priority].remove(ticket)
         if any(self._queues.values()):

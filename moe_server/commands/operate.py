@@ -141,6 +141,7 @@ def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
         ("disk", f"{format_bytes(int(offload.disk_bytes_per_second))}/s"),
         ("  reads at once", f"{offload.read_depth} of {format_bytes(offload.read_block_bytes)}"),
         ("  repeated", f"{offload.read_retries} ({offload.checksum_mismatches} wrong checksums)"),
+        ("  failed", str(offload.read_failures)),
         (
             "wanted from host memory",
             f"{offload.copied} copied, {offload.computed_in_place} computed in place",

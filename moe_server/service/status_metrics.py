@@ -232,6 +232,11 @@ OF_MODELS: tuple[Family[RunningModel], ...] = (
         "Reads that brought something else than was written.",
         lambda m: m.supervisor.load.offload.checksum_mismatches,
     ),
+    counter(
+        "disk_read_failures",
+        "Reads that failed however often they were repeated.",
+        lambda m: m.supervisor.load.offload.read_failures,
+    ),
     gauge(
         "expert_slots",
         "Experts that the device has room for.",

@@ -149,7 +149,7 @@ class ExpertCounters(_message.Message):
     def __init__(self, device_hits: _Optional[int] = ..., host_hits: _Optional[int] = ..., disk_reads: _Optional[int] = ..., transfer_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetches: _Optional[int] = ..., prefetch_hits: _Optional[int] = ..., cancelled_reads: _Optional[int] = ...) -> None: ...
 
 class Offload(_message.Message):
-    __slots__ = ("disk_bytes_per_second", "copy_bytes_per_second", "read_block_bytes", "read_depth", "copied", "computed_in_place", "demoted", "forgotten", "demotion_reuse", "read_retries", "checksum_mismatches", "buffered_files", "host_memory_pinned")
+    __slots__ = ("disk_bytes_per_second", "copy_bytes_per_second", "read_block_bytes", "read_depth", "copied", "computed_in_place", "demoted", "forgotten", "demotion_reuse", "read_retries", "checksum_mismatches", "buffered_files", "host_memory_pinned", "read_failures")
     DISK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     COPY_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     READ_BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,7 @@ class Offload(_message.Message):
     CHECKSUM_MISMATCHES_FIELD_NUMBER: _ClassVar[int]
     BUFFERED_FILES_FIELD_NUMBER: _ClassVar[int]
     HOST_MEMORY_PINNED_FIELD_NUMBER: _ClassVar[int]
+    READ_FAILURES_FIELD_NUMBER: _ClassVar[int]
     disk_bytes_per_second: float
     copy_bytes_per_second: float
     read_block_bytes: int
@@ -176,7 +177,8 @@ class Offload(_message.Message):
     checksum_mismatches: int
     buffered_files: int
     host_memory_pinned: bool
-    def __init__(self, disk_bytes_per_second: _Optional[float] = ..., copy_bytes_per_second: _Optional[float] = ..., read_block_bytes: _Optional[int] = ..., read_depth: _Optional[int] = ..., copied: _Optional[int] = ..., computed_in_place: _Optional[int] = ..., demoted: _Optional[int] = ..., forgotten: _Optional[int] = ..., demotion_reuse: _Optional[float] = ..., read_retries: _Optional[int] = ..., checksum_mismatches: _Optional[int] = ..., buffered_files: _Optional[int] = ..., host_memory_pinned: bool = ...) -> None: ...
+    read_failures: int
+    def __init__(self, disk_bytes_per_second: _Optional[float] = ..., copy_bytes_per_second: _Optional[float] = ..., read_block_bytes: _Optional[int] = ..., read_depth: _Optional[int] = ..., copied: _Optional[int] = ..., computed_in_place: _Optional[int] = ..., demoted: _Optional[int] = ..., forgotten: _Optional[int] = ..., demotion_reuse: _Optional[float] = ..., read_retries: _Optional[int] = ..., checksum_mismatches: _Optional[int] = ..., buffered_files: _Optional[int] = ..., host_memory_pinned: bool = ..., read_failures: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("running_requests", "waiting_requests", "kv_blocks_used", "kv_blocks_total", "kv_blocks_kept", "preemptions", "prompt_tokens", "cached_tokens", "hopeless_requests")
