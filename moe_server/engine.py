@@ -307,7 +307,14 @@ class Engine:
             request_id = sequence.request.request_id
             self.scheduler.remove(request_id)
             self._failed.append(
-                RequestFailed(request_id, error.reason, error.message, error.remedy, error.field)
+                RequestFailed(
+                    request_id,
+                    error.reason,
+                    error.message,
+                    error.remedy,
+                    error.field,
+                    error.retry_s,
+                )
             )
 
     def _load(self) -> EngineLoad:

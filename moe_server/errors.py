@@ -32,6 +32,7 @@ class MoeServerError(Exception):
         remedy: What the reader can do; may be empty when the message says it.
         reason: The class of failure.
         field: The request field or configuration key at fault, if it is one.
+        retry_s: Seconds after which trying again makes sense, if that is known.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class MoeServerError(Exception):
         *,
         reason: Reason = Reason.INVALID,
         field: str = "",
+        retry_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
         self.reason = reason
         self.field = field
+        self.retry_s = retry_s
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".strip()

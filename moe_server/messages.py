@@ -214,6 +214,8 @@ class RequestFailed(msgspec.Struct, frozen=True):
     message: str
     remedy: str = ""
     field: str = ""
+    retry_s: float | None = None
+    """As in `MoeServerError`."""
 
 
 class ExpertCounters(msgspec.Struct):

@@ -127,7 +127,11 @@ class OpenRequests:
         """Fails one request with the engine's reason."""
         if request := self._requests.get(failure.request_id):
             error = MoeServerError(
-                failure.message, failure.remedy, reason=failure.reason, field=failure.field
+                failure.message,
+                failure.remedy,
+                reason=failure.reason,
+                field=failure.field,
+                retry_s=failure.retry_s,
             )
             request.fail(error)
 

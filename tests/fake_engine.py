@@ -48,6 +48,7 @@ from moe_server.messages import (
 from moe_server.pulse import Pulse
 
 HEARTBEAT_MS = 50
+REFUSED_RETRY_S = 7.5
 
 
 class FakeEngine:
@@ -119,7 +120,10 @@ class FakeEngine:
         events, failed = [], []
         for request_id, (submit, token_ids) in list(self.running.items()):
             if self.options.refuse_token in submit.token_ids:
-                failed.append(RequestFailed(request_id, Reason.EXHAUSTED, "No blocks.", "Wait."))
+                refusal = RequestFailed(
+                    request_id, Reason.EXHAUSTED, "No blocks.", "Wait.", retry_s=REFUSED_RETRY_S
+                )
+                failed.append(refusal)
                 del self.running[request_id]
                 continue
             token = (token_ids[-1] + 1) % self.options.vocab

@@ -102,6 +102,7 @@ class Trials:
                     f"{MAX_PENDING} new constraints wait to be compiled, which is the bound.",
                     "Try again later.",
                     reason=Reason.EXHAUSTED,
+                    retry_s=COMPILE_S,  # Then the one that has its turn has left.
                 )
             task = asyncio.create_task(self._try(constraint, digest), name="constraint trial")
             pending = self._pending[digest] = _Pending(task)
@@ -128,6 +129,7 @@ class Trials:
                     f"The constraint did not get compiled within {PATIENCE_S:g} s.",
                     "Try again later.",
                     reason=Reason.EXHAUSTED,
+                    retry_s=PATIENCE_S,
                 ) from None
         self._verdicts[digest] = message
         if len(self._verdicts) > MAX_VERDICTS:

@@ -30,7 +30,8 @@ log = structlog.get_logger(__name__)
 DOMAIN = "moe_server"
 MAX_MESSAGE_CHARS = 1000
 """Messages quote what the caller sent; a status travels in a header, which is bounded."""
-RETRY_DELAY_S = {Reason.EXHAUSTED: 1, Reason.UNAVAILABLE: 2}
+RETRY_DELAY_S = {Reason.EXHAUSTED: 1.0, Reason.UNAVAILABLE: 2.0}
+"""Of errors that do not know better themselves."""
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 CODES = {
@@ -122,7 +123,10 @@ def _detail(error: MoeServerError) -> Message:
             )
             detail = PreconditionFailure(violations=[unmet])
         case Reason.EXHAUSTED | Reason.UNAVAILABLE:
-            detail = RetryInfo(retry_delay=Duration(seconds=RETRY_DELAY_S[error.reason]))
+            retry_s = RETRY_DELAY_S[error.reason] if error.retry_s is None else error.retry_s
+            delay = Duration()
+            delay.FromNanoseconds(round(1e9 * retry_s))
+            detail = RetryInfo(retry_delay=delay)
         case _:
             detail = ErrorInfo(reason=error.reason.name, domain=DOMAIN)
     return detail

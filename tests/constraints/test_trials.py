@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 from moe_server.constraints import trials as trials_module
+from moe_server.constraints.bounds import COMPILE_S
 from moe_server.constraints.trials import Trials
 from moe_server.errors import MoeServerError, Reason
 from tests.constraints.vocabularies import constraint, demo_vocabulary, vocabulary_of
@@ -128,6 +129,7 @@ async def test_only_so_many_wait(trials, monkeypatch):
     outcomes = await asyncio.gather(*checks, return_exceptions=True)
     assert outcomes[:2] == [None, None]
     assert outcomes[2].reason is Reason.EXHAUSTED
+    assert outcomes[2].retry_s == COMPILE_S
 
 
 async def test_verdicts_are_forgotten_oldest_first(trials, monkeypatch):

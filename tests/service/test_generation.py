@@ -15,6 +15,7 @@ from moe_server.proto.moe_server.v1 import generation_pb2 as pb
 from moe_server.service.running_model import MAX_TOKENISING
 from moe_server.state import ServerState
 from moe_server.tokenizer import Tokenizer
+from tests.fake_engine import REFUSED_RETRY_S
 from tests.front_door import (
     E_ACUTE,
     EOS,
@@ -327,11 +328,12 @@ async def test_many_streams_side_by_side(door):
         assert token_ids == [(n + 1 + i) % 100 for i in range(10)]
 
 
-async def test_an_engine_refusal_keeps_its_reason(door):
+async def test_an_engine_refusal_keeps_its_reason_and_its_delay(door):
     failed = await failure(door.generation.GenerateStream(make([REFUSED_TOKEN])))
     assert failed.code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "No blocks." in failed.message
     assert isinstance(failed.details[0], RetryInfo)
+    assert failed.details[0].retry_delay.ToTimedelta().total_seconds() == REFUSED_RETRY_S
 
 
 async def test_a_full_server_refuses_with_retry_info():
