@@ -4,10 +4,11 @@ waiting -> running -> gone. Continuous batching: every running request that deco
 token first, then prompts are prefilled in chunks with what is left of the step's token budget,
 first come first served; a level of priority counts like an earlier arrival.
 
-A request starts when the KV blocks of the tokens it has are free, and takes further ones as it
-grows. When there are none left, the last that came goes back to waiting; its tokens are computed
-again when it returns. The first that came never waits for blocks, so something always ends. What a
-prompt has in common with an earlier one is not computed again as long as its blocks are there.
+A request starts when the step has tokens left for it and the KV blocks of the tokens it has are
+free, and takes further ones as it grows. When there are none left, the last that came goes back to
+waiting; its tokens are computed again when it returns. The first that came never waits for blocks,
+so something always ends. What a prompt has in common with an earlier one is not computed again as
+long as its blocks are there.
 """
 
 from bisect import insort
@@ -185,8 +186,10 @@ class Scheduler:
         if not self.waiting or len(self.running) == self._max_running:
             return
         coming = self._coming()
+        # Who started without a part in the step would keep blocks from those who may come before.
+        budget = self.max_batch_tokens - sum(one.num_uncomputed for one in self.running)
         for sequence in list(self.waiting):
-            if len(self.running) == self._max_running:
+            if len(self.running) == self._max_running or budget < self.tile:
                 return
             shared, next_key = self._shared(sequence)
             if next_key in coming:
@@ -203,6 +206,7 @@ class Scheduler:
             sequence.num_computed = len(shared) * self.block_tokens
             self._start(sequence, now)
             coming.update(sequence.block_keys[len(shared) :])
+            budget -= sequence.num_uncomputed
 
     def _start(self, sequence: Sequence, now: float) -> None:
         sequence.timings.queue_s += now - sequence.waiting_since

@@ -98,6 +98,9 @@ class Simulator:
 
     def admit(self) -> None:
         while self.waiting and len(self.running) < self.most:
+            # Nobody starts who would get no token in this step.
+            if self.max_batch_tokens - sum(one.left for one in self.running) < self.tile:
+                return
             first = self.waiting[0]
             needed = self.blocks_of(first.prompt + first.generated)
             spare = len([one for one in self.running if one.blocks < self.blocks_of(one.longest)])
@@ -455,15 +458,22 @@ def test_a_prompt_seen_before_is_computed_from_its_last_whole_tile_on(block_toke
 
 
 def test_what_is_being_computed_is_waited_for_and_others_go_first():
-    scheduler = reusing()
+    scheduler = reusing(max_batch_tokens=160)
     scheduler.add(make(0, 128, new_tokens=9))
     scheduler.add(make(1, 128, new_tokens=9))
     scheduler.add(make(2, 20, new_tokens=9, arrived=1.0, token=7))
+    assert drive(scheduler, 1) == [{0: 128, 2: 20}]
+    # All is there but the last tile.
+    assert drive(scheduler, 1) == [{0: 1, 1: 16, 2: 1}]
+
+
+def test_who_would_get_no_token_of_the_step_waits_and_is_passed_by_who_comes_before():
+    scheduler = make_scheduler(max_batch_tokens=64, max_running=8, num_blocks=99, block_tokens=4)
+    scheduler.add(make(0, 128, new_tokens=9))
+    scheduler.add(make(1, 64, new_tokens=9))
     assert drive(scheduler, 1) == [{0: 64}]
-    assert [sequence.request.request_id for sequence in scheduler.running] == [0, 2]
-    # Its last block is being computed; then all is there but the last tile.
-    assert drive(scheduler, 1) == [{0: 64}]
-    assert drive(scheduler, 1) == [{0: 1, 1: 16, 2: 20}]
+    scheduler.add(make(2, 32, new_tokens=9, priority=1))
+    assert drive(scheduler, 3) == [{0: 64}, {0: 1, 2: 32, 1: 16}, {0: 1, 2: 1, 1: 48}]
 
 
 def test_what_a_request_stored_that_left_during_the_step_is_not_reused():
