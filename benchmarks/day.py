@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.day_costs import Hardware
 from benchmarks.day_requests import Request
+from moe_server.backlog import Backlog
 from moe_server.config import SchedulerConfig
 from moe_server.deadlines import hopeless
 from moe_server.messages import Submit
@@ -22,6 +23,8 @@ from moe_server.step_costs import StepCosts
 BLOCK_TOKENS = 16
 BIN_S = 900.0
 """Of what is told by the time of day."""
+ENDS = ("done", "refused", "hopeless", "overdue", "expired")
+"""No place; could not make its deadline; would have waited for too long; was late."""
 TOKEN_ID = 5
 """Of all prompts: nothing reads them, and one list serves for all of a length."""
 
@@ -37,7 +40,7 @@ class Answer:
     last_s: float | None = None
     new_tokens: int = 0
     end: str = ""
-    """done | refused (no place) | hopeless (at once) | expired."""
+    """One of ENDS; empty while it is open."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -87,6 +90,7 @@ class Simulation:
             priority_s=settings.priority_s,
         )
         self._costs = StepCosts()
+        self._backlog = Backlog(settings.max_wait_s)
         self._open: dict[int, tuple[Request, Answer]] = {}
         self._day = Day()
         self._now = 0.0
@@ -104,6 +108,7 @@ class Simulation:
                 following = next(coming, None)
             self._end_late()
             step = scheduler.schedule(self._now)
+            self._end_overdue()
             if step:
                 self._run_step(step)
         self._day.seconds = self._now - began
@@ -132,10 +137,13 @@ class Simulation:
         scheduler = self._scheduler
         for sequence in scheduler.expired(self._now):
             self._end(sequence, "expired")
-        if scheduler.has_arrivals:
-            scheduler.has_arrivals = False
-            for verdict in list(hopeless(scheduler, self._costs, self._now)):
-                self._end(verdict.sequence, "hopeless")
+        for verdict in list(hopeless(scheduler, self._costs, self._now)):
+            self._end(verdict.sequence, "hopeless")
+
+    def _end_overdue(self) -> None:
+        self._backlog.observe(self._scheduler, self._now)
+        for verdict in list(self._backlog.refused(self._scheduler, self._now)):
+            self._end(verdict.sequence, "overdue")
 
     def _run_step(self, step: list[Scheduled]) -> None:
         day = self._day
@@ -174,10 +182,7 @@ def summary(day: Day) -> dict[str, float]:
     ttft = [answer.ttft_s for answer in day.answers if answer.ttft_s is not None]
     tpot = [answer.tpot_s for answer in day.answers if answer.tpot_s is not None]
     count = len(day.answers)
-    ends = {
-        end: sum(answer.end == end for answer in day.answers) / count
-        for end in ("done", "refused", "hopeless", "expired")
-    }
+    ends = {end: sum(answer.end == end for answer in day.answers) / count for end in ENDS}
     return {
         "requests": count,
         **ends,

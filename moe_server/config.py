@@ -105,9 +105,14 @@ class SchedulerConfig(Section):
     reuse_prefixes: bool = True
     """Keep KV blocks of prompts for others that begin the same way, until their memory is needed. A
     client can tell by the time it takes whether somebody sent the same beginning lately."""
-    priority_s: float = Field(10.0, ge=0, allow_inf_nan=False)
+    max_wait_s: float = Field(5.0, ge=0, allow_inf_nan=False)
+    """Seconds that a request may wait for its start. Who would wait for longer is refused, at once
+    where it can be foreseen, with RESOURCE_EXHAUSTED and when to come again. Never less than eight
+    steps take. 0: as long as its deadline allows."""
+    priority_s: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Seconds of waiting that one level of a request's priority is worth: nobody is passed by those
-    that come later by more than this for each level of difference. 0: priorities count nothing."""
+    that come later by more than this for each level of difference. 0: priorities count nothing.
+    More than max_wait_s: under overload a higher level leaves nothing to a lower one."""
     default_max_new_tokens: int = Field(256, ge=1)
     """Used when a request does not set max_new_tokens."""
 

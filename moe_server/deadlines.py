@@ -3,7 +3,7 @@
 Everything is taken at its best: steps as fast as the fastest so far, requests before it that end at
 their first token if they may, KV blocks that are always there, prompts that another one computes
 anyway. What is refused would have missed its deadline, unless requests before it are given up, or
-the engine becomes faster than it ever was. The engine asks before a step when requests have come.
+the engine becomes faster than it ever was. The engine asks before each step.
 """
 
 from collections.abc import Iterator
@@ -49,6 +49,7 @@ class Hopeless:
                 f"{takes}.",
                 f"Try again later, or on another server. {more}.",
                 reason=Reason.EXHAUSTED,
+                retry_s=self.before_s,
             )
         fitting = 1 + int((self.left_s - self.prefill_s) / self.token_s) if self.token_s else 0
         shorter = (
@@ -67,6 +68,8 @@ def hopeless(scheduler: Scheduler, costs: StepCosts, now: float) -> Iterator[Hop
         costs: What steps take.
         now: `time.monotonic()`.
     """
+    if not scheduler.waiting:
+        return
     tile, batch = scheduler.tile, scheduler.max_batch_tokens
     before = 0
     coming = {key for sequence in scheduler.running for key in _missing(sequence, scheduler)}

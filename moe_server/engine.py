@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_server.backlog import Backlog
 from moe_server.budget import MemoryPlan, usable_cores
 from moe_server.config import ModelConfig
 from moe_server.constraints.compiler import Compiler
@@ -95,7 +96,8 @@ class Engine:
         self.compiler = Compiler()
         self.hot_experts = HotExperts(weights, plan, config.warmup.hot_set_every_s)
         self._costs = StepCosts()
-        self._num_hopeless = 0
+        self._backlog = Backlog(config.scheduler.max_wait_s)
+        self._num_hopeless = self._num_overdue = 0
         self._failed: list[RequestFailed] = []
 
     def take(self, message: ToEngine) -> None:
@@ -139,6 +141,7 @@ class Engine:
         self._expire()
         self._refuse_hopeless()
         step = self.scheduler.schedule(time.monotonic())
+        self._refuse_overdue()
         tokens: list[TokenEvent] = []
         if step:
             started, before = time.monotonic(), self._spent()
@@ -280,12 +283,18 @@ class Engine:
             self._fail([sequence], error)
 
     def _refuse_hopeless(self) -> None:
-        """Ends requests that cannot make their deadline; looked at whenever some have come."""
-        if self.scheduler.has_arrivals:
-            self.scheduler.has_arrivals = False
-            for verdict in list(hopeless(self.scheduler, self._costs, time.monotonic())):
-                self._num_hopeless += 1
-                self._fail([verdict.sequence], verdict.error())
+        """Ends requests that cannot make their deadline, before anything is done for them."""
+        for verdict in list(hopeless(self.scheduler, self._costs, time.monotonic())):
+            self._num_hopeless += 1
+            self._fail([verdict.sequence], verdict.error())
+
+    def _refuse_overdue(self) -> None:
+        """Ends requests that could not start and wait for too long, or would."""
+        now = time.monotonic()
+        self._backlog.observe(self.scheduler, now)
+        for verdict in list(self._backlog.refused(self.scheduler, now)):
+            self._num_overdue += 1
+            self._fail([verdict.sequence], verdict.error())
 
     def _step_input(self, scheduled: Scheduled) -> StepInput:
         sequence = scheduled.sequence
@@ -328,6 +337,7 @@ class Engine:
             blocks_kept=blocks.num_kept,
             preemptions=scheduled.preemptions,
             hopeless=self._num_hopeless,
+            overdue=self._num_overdue,
             prompt_tokens=scheduled.prompt_tokens,
             cached_tokens=scheduled.cached_tokens,
             experts=ExpertCounters(

@@ -32,7 +32,7 @@ class MoeServerError(Exception):
         remedy: What the reader can do; may be empty when the message says it.
         reason: The class of failure.
         field: The request field or configuration key at fault, if it is one.
-        retry_s: Seconds after which trying again makes sense, if that is known.
+        retry_s: Seconds after which trying again makes sense; 0 where nobody knows.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class MoeServerError(Exception):
         *,
         reason: Reason = Reason.INVALID,
         field: str = "",
-        retry_s: float | None = None,
+        retry_s: float = 0.0,
     ) -> None:
         super().__init__(message)
         self.message = message

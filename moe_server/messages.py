@@ -154,6 +154,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Higher goes first; see `scheduler.priority_s`."""
     fewest_new_tokens: int = 1
     """It cannot be complete with fewer: max_new_tokens where nothing may end it before."""
+    continues: bool = False
+    """It belongs to a call that has sent others before, and is not refused for its wait."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -214,7 +216,7 @@ class RequestFailed(msgspec.Struct, frozen=True):
     message: str
     remedy: str = ""
     field: str = ""
-    retry_s: float | None = None
+    retry_s: float = 0.0
     """As in `MoeServerError`."""
 
 
@@ -263,6 +265,8 @@ class EngineLoad(msgspec.Struct, frozen=True):
     preemptions: int = 0
     hopeless: int = 0
     """Requests that were refused because they could not make their deadline."""
+    overdue: int = 0
+    """Requests that were refused because they waited for too long, or would have."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Since the start, as in `SchedulerCounters`."""

@@ -43,6 +43,8 @@ class SchedulerCounters:
     """Of all requests that have started."""
     cached_tokens: int = 0
     """Those of them that did not have to be computed."""
+    started_tokens: int = 0
+    """That requests had when they started, each time that they did."""
 
 
 class Scheduler:
@@ -79,8 +81,6 @@ class Scheduler:
         self._priority_s = priority_s
         self.blocks = BlockPool(num_blocks, block_tokens)
         self.counters = SchedulerCounters()
-        self.has_arrivals = False
-        """Requests have come since whoever looks at their deadlines last turned it off."""
         self.waiting: list[Sequence] = []
         """By rank; so are the running ones."""
         self.running: list[Sequence] = []
@@ -93,7 +93,6 @@ class Scheduler:
             whole_tiles = sequence.num_prompt_tokens // self.tile * self.tile
             sequence.block_keys = self.blocks.keys(sequence.token_ids[:whole_tiles])
         insort(self.waiting, sequence, key=self.rank)
-        self.has_arrivals = True
 
     def schedule(self, now: float) -> list[Scheduled]:
         """The next step, empty when there is nothing to do.
@@ -210,6 +209,7 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, now: float) -> None:
         sequence.timings.queue_s += now - sequence.waiting_since
+        self.counters.started_tokens += len(sequence.token_ids)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.num_computed
             self.counters.prompt_tokens += sequence.num_prompt_tokens

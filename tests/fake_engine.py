@@ -145,6 +145,7 @@ class FakeEngine:
             blocks_kept=5,
             preemptions=6,
             hopeless=9,
+            overdue=10,
             prompt_tokens=7,
             cached_tokens=8,
         )

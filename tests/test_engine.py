@@ -275,6 +275,33 @@ def test_what_cannot_make_its_deadline_is_refused_before_it_takes_a_step(path, m
         assert_empty(engine)
 
 
+def test_who_waits_for_too_long_is_refused_before_it_takes_a_step(path, monkeypatch):
+    clock = Clock(monkeypatch)
+    with running_engine(path, **{"scheduler.max_running": 1}) as engine:
+        slow_down(engine, clock, monkeypatch, 0.5)
+        submit(engine, 0, new_tokens=20)
+        for request_id in (1, 2):
+            submit(engine, request_id, new_tokens=1)
+        engine.submit(Submit(3, PROMPT, 1, [], continues=True))
+        failed = []
+        while not failed:
+            failed = engine.step().failed
+        assert [(one.request_id, one.reason) for one in failed] == [
+            (1, Reason.EXHAUSTED),
+            (2, Reason.EXHAUSTED),
+        ]
+        assert "It waited for 5.0 s" in failed[0].message
+        assert failed[0].retry_s == 5.0, "nothing has started: the pace is not known"
+        done = engine.step()
+        assert done.load.overdue == 2
+        assert [event.request_id for event in done.tokens] == [0]
+        while not engine.idle:
+            done = engine.step()
+            assert done.failed == []
+        assert [event.request_id for event in done.tokens] == [3]
+        assert_empty(engine)
+
+
 def test_a_step_that_was_cut_short_says_nothing_of_what_steps_take(path, monkeypatch):
     clock = Clock(monkeypatch)
     with running_engine(path) as engine:

@@ -122,6 +122,7 @@ def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
         ("  kept for reuse", str(load.kv_blocks_kept)),
         ("  requests that lost theirs", str(load.preemptions)),
         ("refused for their deadline", str(load.hopeless_requests)),
+        ("refused for their wait", str(load.overdue_requests)),
         ("prompt tokens", f"{load.prompt_tokens}, {load.cached_tokens} of them not computed again"),
         ("device budget", format_bytes(memory.device_budget_bytes)),
         ("  dense weights", format_bytes(memory.dense_bytes)),

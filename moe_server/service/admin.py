@@ -229,6 +229,7 @@ def _model_status(startup: Startup, running: RunningModel | None) -> pb.ModelSta
                 prompt_tokens=load.prompt_tokens,
                 cached_tokens=load.cached_tokens,
                 hopeless_requests=load.hopeless,
+                overdue_requests=load.overdue,
             ),
             engine_restarts=running.supervisor.num_restarts,
         )

@@ -31,7 +31,7 @@ DOMAIN = "moe_server"
 MAX_MESSAGE_CHARS = 1000
 """Messages quote what the caller sent; a status travels in a header, which is bounded."""
 RETRY_DELAY_S = {Reason.EXHAUSTED: 1.0, Reason.UNAVAILABLE: 2.0}
-"""Of errors that do not know better themselves."""
+"""At least; an error may name a longer one itself."""
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 CODES = {
@@ -123,7 +123,7 @@ def _detail(error: MoeServerError) -> Message:
             )
             detail = PreconditionFailure(violations=[unmet])
         case Reason.EXHAUSTED | Reason.UNAVAILABLE:
-            retry_s = RETRY_DELAY_S[error.reason] if error.retry_s is None else error.retry_s
+            retry_s = max(RETRY_DELAY_S[error.reason], error.retry_s)
             delay = Duration()
             delay.FromNanoseconds(round(1e9 * retry_s))
             detail = RetryInfo(retry_delay=delay)

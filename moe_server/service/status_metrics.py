@@ -178,6 +178,11 @@ OF_MODELS: tuple[Family[RunningModel], ...] = (
         lambda m: m.supervisor.load.hopeless,
     ),
     counter(
+        "wait_refusals",
+        "Requests refused because they waited for longer than scheduler.max_wait_s, or would have.",
+        lambda m: m.supervisor.load.overdue,
+    ),
+    counter(
         "prompt_tokens",
         "Tokens of prompts that were accepted.",
         lambda m: m.supervisor.load.prompt_tokens,

@@ -114,6 +114,7 @@ def build_submit(
         deadline=deadline,
         priority=options.priority,
         fewest_new_tokens=1 if may_end_early else max_new_tokens,
+        continues=sample_index > 0,
     )
 
 

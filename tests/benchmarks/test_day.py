@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import day_picture, engine_day
-from benchmarks.day import Simulation, percentile, summary
+from benchmarks.day import ENDS, Simulation, percentile, summary
 from benchmarks.day_costs import Hardware
 from benchmarks.day_requests import BURST_S, PER_DAY, SWING, TASKS, Request, requests
 from benchmarks.engine_day import ARMS, Found
@@ -70,7 +70,7 @@ def test_every_request_ends_and_none_after_its_deadline(per_day) -> None:
     deadlines = {task.name: task.deadline_s for task in TASKS}
     assert day.answers
     for answer in day.answers:
-        assert answer.end in ("done", "refused", "hopeless", "expired")
+        assert answer.end in ENDS
         if answer.end == "done":
             # It may end in the step during which its time runs out.
             late = answer.last_s - answer.arrived_s - deadlines[answer.task]
@@ -78,7 +78,7 @@ def test_every_request_ends_and_none_after_its_deadline(per_day) -> None:
         else:
             assert answer.last_s is None
     figures = summary(day)
-    assert sum(figures[end] for end in ("done", "refused", "hopeless", "expired")) == 1
+    assert sum(figures[end] for end in ENDS) == 1
     assert 0 < figures["utilisation"] <= 1 + 1e-9
 
 

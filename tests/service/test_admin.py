@@ -39,6 +39,7 @@ async def test_status_tells_state_memory_load_and_probes():
         assert (status.load.kv_blocks_kept, status.load.preemptions) == (5, 6)
         assert (status.load.prompt_tokens, status.load.cached_tokens) == (7, 8)
         assert status.load.hopeless_requests == 9
+        assert status.load.overdue_requests == 10
         again = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
         assert again.startup.elapsed == status.startup.elapsed
         assert again.uptime.ToNanoseconds() > status.uptime.ToNanoseconds()

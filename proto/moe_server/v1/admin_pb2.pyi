@@ -181,7 +181,7 @@ class Offload(_message.Message):
     def __init__(self, disk_bytes_per_second: _Optional[float] = ..., copy_bytes_per_second: _Optional[float] = ..., read_block_bytes: _Optional[int] = ..., read_depth: _Optional[int] = ..., copied: _Optional[int] = ..., computed_in_place: _Optional[int] = ..., demoted: _Optional[int] = ..., forgotten: _Optional[int] = ..., demotion_reuse: _Optional[float] = ..., read_retries: _Optional[int] = ..., checksum_mismatches: _Optional[int] = ..., buffered_files: _Optional[int] = ..., host_memory_pinned: bool = ..., read_failures: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_used", "kv_blocks_total", "kv_blocks_kept", "preemptions", "prompt_tokens", "cached_tokens", "hopeless_requests")
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_used", "kv_blocks_total", "kv_blocks_kept", "preemptions", "prompt_tokens", "cached_tokens", "hopeless_requests", "overdue_requests")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +191,7 @@ class Load(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     HOPELESS_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    OVERDUE_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     waiting_requests: int
     kv_blocks_used: int
@@ -200,7 +201,8 @@ class Load(_message.Message):
     prompt_tokens: int
     cached_tokens: int
     hopeless_requests: int
-    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_kept: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., hopeless_requests: _Optional[int] = ...) -> None: ...
+    overdue_requests: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_kept: _Optional[int] = ..., preemptions: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., hopeless_requests: _Optional[int] = ..., overdue_requests: _Optional[int] = ...) -> None: ...
 
 class GetServerStatusRequest(_message.Message):
     __slots__ = ()
