@@ -7,6 +7,7 @@ the engine, who is past the deadline leaves.
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -66,6 +67,10 @@ class Day:
     copy_bound_s: float = 0.0
     """Of the busy ones, in steps that waited for copies of experts."""
     steps: int = 0
+    tokens: int = 0
+    """Run through the model."""
+    useful_tokens: int = 0
+    """As many as the requests that were done would have needed alone."""
     preemptions: int = 0
     busy_by_bin: dict[int, float] = field(default_factory=dict)
 
@@ -154,6 +159,7 @@ class Simulation:
         self._costs.observe(num_tokens, total_s)
         self._now += total_s
         day.steps += 1
+        day.tokens += num_tokens
         day.busy_s += total_s
         day.compute_s += cost.compute_s
         day.copy_bound_s += total_s if cost.copy_s == total_s else 0.0
@@ -168,6 +174,7 @@ class Simulation:
             answer.new_tokens += 1
             if answer.new_tokens == request.new_tokens:
                 answer.last_s = self._now
+                day.useful_tokens += len(sequence.token_ids) - 1
                 self._end(sequence, "done")
 
     def _end(self, sequence: Sequence, how: str) -> None:
@@ -178,14 +185,20 @@ class Simulation:
 
 
 def summary(day: Day) -> dict[str, float]:
-    """Figures of a day or a part of one; times in seconds."""
-    ttft = [answer.ttft_s for answer in day.answers if answer.ttft_s is not None]
-    tpot = [answer.tpot_s for answer in day.answers if answer.tpot_s is not None]
+    """Figures of a day or a part of one; times in seconds, of requests that were done."""
+    done = [answer for answer in day.answers if answer.end == "done"]
+    ttft = [answer.ttft_s for answer in done if answer.ttft_s is not None]
+    tpot = [answer.tpot_s for answer in done if answer.tpot_s is not None]
     count = len(day.answers)
+    by_task = Counter(answer.task for answer in day.answers)
+    done_by_task = Counter(answer.task for answer in done)
     ends = {end: sum(answer.end == end for answer in day.answers) / count for end in ENDS}
     return {
         "requests": count,
         **ends,
+        **{f"done, {task}": done_by_task[task] / by_task[task] for task in sorted(by_task)},
+        "done_per_s": len(done) / day.seconds,
+        "wasted_tokens": 1 - day.useful_tokens / day.tokens,
         **{f"ttft_p{p}_s": percentile(ttft, p) for p in (50, 99)},
         **{f"tpot_p{p}_s": percentile(tpot, p) for p in (50, 99)},
         "utilisation": day.busy_s / day.seconds,

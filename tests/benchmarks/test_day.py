@@ -80,6 +80,12 @@ def test_every_request_ends_and_none_after_its_deadline(per_day) -> None:
     figures = summary(day)
     assert sum(figures[end] for end in ENDS) == 1
     assert 0 < figures["utilisation"] <= 1 + 1e-9
+    assert 0 <= figures["wasted_tokens"] < 1
+    done = {name: figures[f"done, {name}"] for name in deadlines}
+    assert min(done.values()) <= figures["done"] <= max(done.values())
+    assert (figures["wasted_tokens"] == 0) == (figures["expired"] == 0)
+    # Under overload, too, none of the kinds starves.
+    assert min(done.values()) > 0.02
 
 
 def test_percentiles_of_few_values() -> None:
