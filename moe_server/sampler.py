@@ -26,6 +26,7 @@ Weights: TypeAlias = npt.NDArray[np.float64]
 """Unnormalised probabilities; the most likely token's is 1."""
 Ids: TypeAlias = npt.NDArray[np.int64]
 
+LARGEST = np.finfo(np.float32).max
 FIRST_NUCLEUS = 1024
 """Tokens among which top_p is looked for first; then four times as many, and so on."""
 
@@ -96,8 +97,10 @@ def _penalise(scores: Scores, sequence: Sequence) -> Scores:
     if sampling.repetition_penalty != 1:
         scores, penalty = scores.copy(), np.float32(sampling.repetition_penalty)
         seen = np.unique(np.array(sequence.token_ids))
-        values = scores[seen]
-        scores[seen] = np.where(values > 0, values / penalty, values * penalty)
+        # In float64 nothing overflows, and what fits float32 is rounded as float32 would have.
+        values = scores[seen].astype(np.float64)
+        values = np.where(values > 0, values / penalty, values * penalty)
+        scores[seen] = np.clip(values, -LARGEST, LARGEST)
     num_completion = sequence.num_completion_tokens
     if num_completion and (sampling.presence_penalty or sampling.frequency_penalty):
         scores = scores.copy()

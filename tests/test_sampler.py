@@ -212,6 +212,21 @@ def test_extreme_temperatures():
     assert_distributed(draws(torch.tensor([[0.0, 7.0, 7.0, 1.0]]), coldest), {1: 0.5, 2: 0.5})
 
 
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_most_extreme_repetition_penalty_leaves_finite_scores(penalty, temperature):
+    logits = torch.tensor([[3e38, 1e38, -1e38, -3e38, 0.0]])
+    prompt = [0, 1, 2, 3, 4]
+    with np.errstate(all="raise", under="ignore"):
+        many = [
+            make(Sampling(temperature, repetition_penalty=penalty, seed=seed), prompt=prompt)
+            for seed in range(20)
+        ]
+        drawn = set(draws(logits, many))
+    # The two largest become the largest number there is.
+    assert drawn <= ({0, 1} if penalty < 1 else {0})
+
+
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3, 2.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_repetition_penalty_is_transformers(penalty, seed):

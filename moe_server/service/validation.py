@@ -145,7 +145,8 @@ def _sampling(sampling: generation_pb2.Sampling, model: ServedModel) -> Sampling
         repetition_penalty=number(
             "repetition_penalty",
             1.0,
-            1 / MAX_REPETITION_PENALTY,
+            # As a float, which the field is, 1e-6 is a little less.
+            (1 - 2**-23) / MAX_REPETITION_PENALTY,
             MAX_REPETITION_PENALTY,
             f"a number above 0, from {1 / MAX_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}",
         ),

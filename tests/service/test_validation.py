@@ -45,6 +45,8 @@ NAN, INF = math.nan, math.inf
         ([1], {"min_p": NAN}, "sampling.min_p"),
         ([1], {"repetition_penalty": 0.0}, "sampling.repetition_penalty"),
         ([1], {"repetition_penalty": -1.0}, "sampling.repetition_penalty"),
+        ([1], {"repetition_penalty": 9.99e-7}, "sampling.repetition_penalty"),
+        ([1], {"repetition_penalty": 1.001e6}, "sampling.repetition_penalty"),
         ([1], {"repetition_penalty": INF}, "sampling.repetition_penalty"),
         ([1], {"repetition_penalty": NAN}, "sampling.repetition_penalty"),
         ([1], {"presence_penalty": 2.1}, "sampling.presence_penalty"),
@@ -131,7 +133,8 @@ async def test_without_a_tokenizer_text_is_a_failed_precondition(textless_door):
     assert (response.text, list(response.token_ids)) == ("", [2, 3, 4])
 
 
-async def test_limits_themselves_are_accepted(door):
+@pytest.mark.parametrize("repetition_penalty", [1e-6, 1e6])
+async def test_limits_themselves_are_accepted(door, repetition_penalty):
     at_the_limits = make(
         [1] * 63,
         temperature=0.0,
@@ -139,7 +142,7 @@ async def test_limits_themselves_are_accepted(door):
         min_p=1.0,
         top_k=2**32 - 1,
         seed=2**64 - 1,
-        repetition_penalty=1e6,
+        repetition_penalty=repetition_penalty,
         presence_penalty=2.0,
         frequency_penalty=-2.0,
         stop_token_ids=[VOCAB - 1] * 64,
@@ -162,6 +165,8 @@ async def test_absent_sampling_is_greedy_and_values_are_resolved():
     assert (options.sampling.temperature, options.sampling.top_k) == (0.0, VOCAB)
     assert options.logprobs == 3
     assert check_options(make([1], logprobs=True), model).logprobs == 0
+    of_one_call = [build_submit(n, [1], options, model, None, n) for n in (0, 1)]
+    assert [submit.continues for submit in of_one_call] == [False, True]
     urgent = check_options(make([1], priority=10), model)
     assert build_submit(1, [1], urgent, model, deadline=None).priority == 10
 
