@@ -105,6 +105,7 @@ class Client:
         regex: str | None = None,
         grammar: str | None = None,
         choices: Sequence[str] | None = None,
+        priority: int = 0,
         timeout_s: float | None = None,
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         """Yields `started`, `delta`s, `finished`. Leaving the iteration early cancels the request.
@@ -121,13 +122,14 @@ class Client:
             regex: The text is to match this regular expression.
             grammar: The text is to be of this grammar, in Lark's syntax.
             choices: The text is to be one of these. At most one of the four may be given.
+            priority: -10 to 10; higher goes first.
             timeout_s: The deadline; absent: none.
 
         Raises:
             MoeServerError: The server refused or failed; UnreachableError where there is none.
         """
         request = generation_pb2.GenerateStreamRequest(
-            model=model, sampling=sampling, stopping=stopping, output=output
+            model=model, sampling=sampling, stopping=stopping, output=output, priority=priority
         )
         if sum(given is not None for given in (json_schema, regex, grammar, choices)) > 1:
             raise MoeServerError("At most one of json_schema, regex, grammar and choices.")

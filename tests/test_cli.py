@@ -21,6 +21,7 @@ from moe_server.client import Client
 from moe_server.commands import doctor
 from moe_server.commands.format import format_bytes
 from moe_server.kernels import native
+from moe_server.service import validation
 from moe_server.state import ServerState
 from tests.front_door import (
     EOS,
@@ -100,6 +101,14 @@ async def test_generate_streams_text_and_says_where_time_went(door):
         assert row in result.stderr
     assert "3 prompt (1 cached) + 4 new" in result.stderr
     assert "length" in result.stderr
+
+
+async def test_generate_sends_its_priority(door, monkeypatch):
+    result = await against(door, "generate", "a", "--priority", "-10", "--max-new-tokens", "1")
+    assert result.exit_code == 0
+    monkeypatch.setattr(validation, "MAX_PRIORITY", 5)
+    result = await against(door, "generate", "a", "--priority", "-10")
+    assert "priority is -10" in result.stderr
 
 
 async def test_a_deadline_that_passes_before_an_answer_is_told_as_one(door):

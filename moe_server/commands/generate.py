@@ -113,6 +113,7 @@ class Completion:
 @click.option("--logprobs", is_flag=True, help="With --json: of each token.")
 @click.option("--top-logprobs", type=click.IntRange(0, 20), help="With --json: and the best n.")
 @click.option("--ignore-eos", is_flag=True, help="Continue past the end-of-sequence token.")
+@click.option("--priority", type=click.IntRange(-10, 10), default=0, help="Higher goes first.")
 @click.option("--timeout", type=POSITIVE_SECONDS, metavar="SECONDS", help="The request's deadline.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a stream.")
 def generate(  # click passes keywords
@@ -130,6 +131,7 @@ def generate(  # click passes keywords
     grammar: str | None,
     choice: tuple[str, ...],
     top_logprobs: int | None,
+    priority: int,
     timeout: float | None,
     *,
     logprobs: bool,
@@ -166,6 +168,7 @@ def generate(  # click passes keywords
             regex=None if regex is None else checked(regex, "--regex"),
             grammar=_text_or_file(grammar, "--grammar"),
             choices=[checked(one, "--choice") for one in choice] or None,
+            priority=priority,
             timeout_s=timeout,
         ):
             completion.take(event)
