@@ -355,7 +355,14 @@ def _readable(error: grpc.RpcError, target: str) -> MoeServerError:
                 reason=Reason.UNAVAILABLE,
             )
         # A request above max_message_bytes is refused by gRPC itself, and always will be.
-        return MoeServerError(f"{code}: {message}", reason=REASONS.get(code, Reason.INVALID))
+        remedy = (
+            "Send less at once, or raise service.max_message_bytes of the server."
+            if "larger than max" in message
+            else ""
+        )
+        return MoeServerError(
+            f"{code}: {message}", remedy, reason=REASONS.get(code, Reason.INVALID)
+        )
     remedies: list[str] = []
     field = ""
     for detail in Status.FromString(trailing[STATUS_DETAILS_KEY]).details:

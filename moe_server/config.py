@@ -121,7 +121,8 @@ class ServiceConfig(Section):
     """The gRPC side."""
 
     max_message_bytes: ByteSize = 4 * 2**20
-    """Largest request that is read; larger ones fail with RESOURCE_EXHAUSTED."""
+    """Largest request that is read. gRPC itself refuses larger ones, RESOURCE_EXHAUSTED, "larger
+    than max" and no details: there is no RetryInfo, as trying again does not help."""
     shutdown_grace_s: float = Field(30.0, ge=0)
     """After SIGTERM: how long accepted requests may finish before they are cut off."""
 

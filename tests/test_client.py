@@ -8,7 +8,7 @@ import pytest_asyncio
 from moe_server.client import Client
 from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
-from tests.front_door import front_door
+from tests.front_door import front_door, make_config
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -51,3 +51,10 @@ async def test_several_samples(door):
     for event in got:
         texts[event.delta.index] += event.delta.text
     assert texts == ["bcd", "bcd"]
+
+
+async def test_a_request_that_grpc_refuses_says_what_to_do():
+    config = make_config(service={"max_message_bytes": 100})
+    async with front_door(config=config) as door:
+        with pytest.raises(MoeServerError, match=r"larger than max.*service\.max_message_bytes"):
+            await events(door, regex="a" * 200)
