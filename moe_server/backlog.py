@@ -21,8 +21,9 @@ MEMORY_S = 30.0
 nobody waited nothing is known."""
 ENOUGH_S = 2.0
 """Seconds in which requests waited, before anything is said of the pace."""
-PATIENCE_STEPS = 8
-"""As long as so many steps take a request may always wait: a disk can make one take seconds."""
+PATIENCE_STEPS = 2
+"""As long as so many steps take a request may always wait: a disk can make one take seconds, and
+who comes while it runs has not been passed over."""
 LONGEST_RETRY_S = 60.0
 
 

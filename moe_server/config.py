@@ -107,7 +107,7 @@ class SchedulerConfig(Section):
     client can tell by the time it takes whether somebody sent the same beginning lately."""
     max_wait_s: float = Field(5.0, ge=0, allow_inf_nan=False)
     """Seconds that a request may wait for its start. Who would wait for longer is refused, at once
-    where it can be foreseen, with RESOURCE_EXHAUSTED and when to come again. Never less than eight
+    where it can be foreseen, with RESOURCE_EXHAUSTED and when to come again. Never less than two
     steps take. 0: as long as its deadline allows."""
     priority_s: float = Field(1.0, ge=0, allow_inf_nan=False)
     """Seconds of waiting that one level of a request's priority is worth: nobody is passed by those
