@@ -23,7 +23,13 @@ def running_engine(
     `memory` is the descriptor of the file that experts are kept in, `hot_set` what is known of
     their use.
     """
-    flags = {"model": str(path), "dense_backend": "resident", "threads": 1, **flags}
+    defaults = {
+        "model": str(path),
+        "dense_backend": "resident",
+        "threads": 1,
+        "scheduler.max_wait_s": 0,  # a busy machine refuses nothing
+    }
+    flags = defaults | flags
     config = load_config(flags=flags, environ={})
     checkpoint = read_checkpoint(path)
     plan = plan_memory(config, checkpoint)

@@ -277,7 +277,8 @@ def test_what_cannot_make_its_deadline_is_refused_before_it_takes_a_step(path, m
 
 def test_who_waits_for_too_long_is_refused_before_it_takes_a_step(path, monkeypatch):
     clock = Clock(monkeypatch)
-    with running_engine(path, **{"scheduler.max_running": 1}) as engine:
+    flags = {"scheduler.max_running": 1, "scheduler.max_wait_s": 5}
+    with running_engine(path, **flags) as engine:
         slow_down(engine, clock, monkeypatch, 0.5)
         submit(engine, 0, new_tokens=20)
         for request_id in (1, 2):
