@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
+
 from benchmarks.engine_server import (
     engine_of,
     half_resident,
@@ -197,7 +199,8 @@ class _Soaking:
         self._count[ending.kind] += 1
         self._endings[f"{ending.kind}: {how}"] += 1
         self._accepted += ending.started > 0
-        self._refused += ending.is_refused
+        # At the door, or when it had waited for too long, or would have.
+        self._refused += ending.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         self._tokens += ending.tokens
         self._wrong += [f"{ending.kind}: {wrong}" for wrong in ending.wrong]
 
