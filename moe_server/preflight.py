@@ -8,6 +8,7 @@ for: `wait` tries again until it is, and says what it lacks meanwhile.
 import asyncio
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,10 +22,13 @@ from moe_server.config import Config
 from moe_server.errors import MoeServerError, Reason
 from moe_server.planned_models import PlannedModel, check_room, plan_models
 from moe_server.startup import Startup
+from moe_server.warmup.hot_set import OFF, folder_of
 
 log = structlog.get_logger(__name__)
 
 DISTRIBUTION = "moe-server"
+LOW_DISK_BYTES = 16 * 2**20
+"""A hot set has some kilobytes, that of a thousand experts in a hundred layers a megabyte."""
 FIRST_BACKOFF_S = 1.0
 LONGEST_BACKOFF_S = 10.0
 """A look at the headers costs next to nothing."""
@@ -88,6 +92,24 @@ def warnings(model: PlannedModel) -> Iterator[str]:
             " O_DIRECT: what is read also fills the page cache, which a memory cgroup counts. Keep "
             "them on ext4 or xfs."
         )
+    setting = model.config.warmup.hot_set
+    if setting != OFF and model.checkpoint.experts:
+        free = _free_bytes(setting)
+        if free is not None and free < LOW_DISK_BYTES:
+            yield (
+                f"Only {format_bytes(free)} are free where the hot set is to be kept: make room, "
+                "or set warmup.hot_set to a file elsewhere."
+            )
+
+
+def _free_bytes(setting: str) -> int | None:
+    """Where the hot set is to be kept; None where that is nowhere, as its keeper will say."""
+    try:
+        folder = folder_of(setting, os.environ)
+        existing = next(one for one in (folder, *folder.parents) if one.is_dir())
+        return shutil.disk_usage(existing).free
+    except (OSError, RuntimeError):
+        return None
 
 
 def takes_o_direct(file: Path) -> bool:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,6 +63,21 @@ def test_a_memlock_limit_below_the_records_is_warned_of(monkeypatch):
     on_gpu = planned(device="cuda", device_memory="40MiB", host_memory="20MiB")
     [warning] = preflight.warnings(on_gpu)
     assert warning.startswith("The memlock limit is 64.00 KiB")
+
+
+def test_little_room_for_the_hot_set_is_warned_of(monkeypatch, tmp_path):
+    asked = []
+
+    def usage(folder: Path):
+        asked.append(folder)
+        return SimpleNamespace(free=2**20)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    file = tmp_path / "to come" / "hot.json"
+    [warning] = preflight.warnings(planned(**{"warmup.hot_set": str(file)}))
+    assert warning.startswith("Only 1.00 MiB are free where the hot set")
+    assert asked == [tmp_path]
+    assert list(preflight.warnings(planned(**{"warmup.hot_set": "off"}))) == []
 
 
 async def test_a_file_is_waited_for_and_the_waiting_is_told(monkeypatch):

@@ -106,15 +106,26 @@ def decode(content: bytes, checkpoint: str, num_layers: int, num_experts: int) -
     return hot_set
 
 
+def folder_of(setting: str, environ: Mapping[str, str]) -> Path:
+    """Where the file of that setting, a path or AUTO, is kept; whether it exists or not.
+
+    Raises:
+        RuntimeError: The user has no home.
+    """
+    if setting != AUTO:
+        return Path(setting).expanduser().absolute().parent
+    state = Path(environ.get("XDG_STATE_HOME", ""))
+    folder = state if state.is_absolute() else Path("~/.local/state").expanduser()
+    return folder / "moe-server" / "hot-set"
+
+
 def default_path(checkpoint: str, environ: Mapping[str, str]) -> Path:
     """Where the hot set of a fingerprint is kept if nobody says where.
 
     Raises:
         RuntimeError: The user has no home.
     """
-    state = Path(environ.get("XDG_STATE_HOME", ""))
-    folder = state if state.is_absolute() else Path("~/.local/state").expanduser()
-    return folder / "moe-server" / "hot-set" / f"{checkpoint}.json"
+    return folder_of(AUTO, environ) / f"{checkpoint}.json"
 
 
 class HotSetKeeper:
