@@ -16,7 +16,7 @@ and once with places for all:
 - `chaos` (`coldstart_chaos`, `chaos`): kill -9 at every stage, a slow disk, a shard missing, read
   errors, memory that shrinks. Its ratio `chaos/passed` is a share of the scenarios.
 
-QUICK takes a smaller model and fewer requests. Needs root, for the page cache and caps on memory.
+QUICK takes smaller models and fewer requests. Needs root, for the page cache and caps on memory.
 Files are kept in $MOE_BENCH_DIR (default /var/tmp/moe-bench); models take at most $MOE_BENCH_MAX_GB
 (default 45) there. Prints tables and one JSON line; unless QUICK, it is kept in
 benchmarks/results/, under the names of its parts where it has some of them only, with a picture
@@ -25,7 +25,7 @@ that needs matplotlib (the extra `bench`).
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,14 @@ from benchmarks import (
     coldstart_ready,
     parts,
 )
-from benchmarks.chaos import Outcome
 from benchmarks.child import can_cap
 from benchmarks.coldstart_first import Counts, First
 from benchmarks.coldstart_hotset import HotSet
 from benchmarks.coldstart_ready import ARMS, Start
 from benchmarks.models import ModelFolder
+from benchmarks.scene import Outcome
 
-MODEL, MODEL_QUICK = "bf16-4", "bf16-small"
+MODEL, MODEL_QUICK, MODEL_CHAOS_QUICK = "bf16-4", "bf16-small", "bf16-tiny"
 REPETITIONS, REPETITIONS_QUICK = 3, 1
 COUNTS = {"half": Counts(100, 20, 30), "whole": Counts(100, 40, 100)}
 COUNTS_QUICK = {"half": Counts(20, 10, 20), "whole": Counts(20, 10, 20)}
@@ -90,15 +90,13 @@ def main() -> int:
     if why_not is not None:
         raise SystemExit(f"Cold starts are not measured: {why_not}.")
     report = Report(*parts.open_folder(), args.only, quick=args.quick)
-    for name in args.only:
-        PARTS[name](report, args.repetitions)
+    benchmark.run(PARTS, report, args.repetitions)
 
     def draw(picture: Path) -> None:
         if report.starts or report.firsts or report.hot_set:
             print(coldstart_picture.draw(report.starts, report.firsts, report.hot_set, picture))
 
-    benchmark.tell(report, draw)
-    return 0
+    return benchmark.tell(report, draw)
 
 
 def _ready(report: Report, repetitions: int | None) -> None:
@@ -187,13 +185,15 @@ def _chaos(report: Report, _repetitions: int | None) -> None:
             print(f"    {problem}")
 
     print("chaos: scenario, verdict, time to recover, what it said")
-    disk = report.disk_bytes_per_s()
-    outcomes = coldstart_chaos.run(report.model, report.folder / "chaos", disk, told)
+    model = report.models.require(MODEL_CHAOS_QUICK) if report.quick else report.model
+    outcomes = coldstart_chaos.run(
+        model, report.folder / "chaos", report.disk_bytes_per_s(), told, quick=report.quick
+    )
     report.results["chaos"] = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
     report.ratios[CHAOS] = sum(outcome.passed for outcome in outcomes) / len(outcomes)
 
 
-PARTS: dict[str, Callable[[Report, int | None], None]] = {
+PARTS: dict[str, parts.Part] = {
     "ready": _ready,
     "first": _first,
     "hotset": _hot_set,

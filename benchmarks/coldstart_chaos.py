@@ -7,36 +7,47 @@ shrinks) is left out without it, and said to be.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import chaos
 from benchmarks.cgroups import BLKIO, READ_RATE, disk_group, limit_reads, memory_group
-from benchmarks.chaos import Outcome, Served
 from benchmarks.child import can_cap
 from benchmarks.coldstart_ready import CAPPED, model_bytes
+from benchmarks.scene import Outcome, Served
 
 LOAD_S = 2.0
 """What a load takes at least where stages have to be seen."""
 CAUSE_S = 3.0
 """How long a cause lasts."""
+TIMEOUT_QUICK_S = 60.0
 SLOW_S = 8.0
 SLOWDOWN = 10
 
 
 def run(
-    model: Path, folder: Path, disk_bytes_per_s: float, told: Callable[[Outcome], None]
+    model: Path,
+    folder: Path,
+    disk_bytes_per_s: float,
+    told: Callable[[Outcome], None],
+    *,
+    quick: bool,
 ) -> list[Outcome]:
-    """Every scenario, each on servers of its own.
+    """Every scenario.
 
     Args:
         model: A checkpoint; its shards are moved away and back.
         folder: For logs and sockets.
         disk_bytes_per_s: What is slowed.
         told: Called with each outcome.
+        quick: Kills one after another instead of each in a start of its own, and less patience.
     """
     served, places = prepared(model, folder)
+    if quick:
+        served = replace(served, timeout_s=TIMEOUT_QUICK_S)
+    killed_at = [places] if quick else [[place] for place in places]
     outcomes = []
-    for scenario in scenarios(served, places, disk_bytes_per_s):
+    for scenario in scenarios(served, killed_at, disk_bytes_per_s):
         outcomes.append(scenario())
         told(outcomes[-1])
     return outcomes
@@ -51,14 +62,20 @@ def prepared(model: Path, folder: Path) -> tuple[Served, list[str]]:
 
 
 def scenarios(
-    served: Served, places: Sequence[str], disk_bytes_per_s: float
+    served: Served, killed_at: Sequence[Sequence[str]], disk_bytes_per_s: float
 ) -> Iterator[Callable[[], Outcome]]:
-    """All that can be run here."""
+    """All that can be run here.
+
+    Args:
+        served: What is served.
+        killed_at: Places, those together that are visited in one scenario.
+        disk_bytes_per_s: What is slowed.
+    """
     rate = model_bytes(served.path).whole / LOAD_S
-    for place in places:
-        yield lambda place=place: chaos.killed_engine(served, place, rate)
-    for place in places:
-        yield lambda place=place: chaos.killed_server(served, place, rate)
+    for places in killed_at:
+        yield lambda places=places: chaos.killed_engine(served, places, rate)
+    for places in killed_at:
+        yield lambda places=places: chaos.killed_server(served, places, rate)
     for from_the_start in (True, False):
         yield lambda when=from_the_start: chaos.missing_shard(
             served, from_the_start=when, away_s=CAUSE_S

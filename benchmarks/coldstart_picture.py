@@ -59,7 +59,16 @@ def _stages(axis: Any, starts: Sequence[Start]) -> None:
     for position, start in enumerate(arms.values()):
         axis.plot([position - 0.35, position + 0.35], [start.limit_s] * 2, color=UNWARMED)
     axis.set_title("seconds from process start to READY; the bar in red", fontsize=10)
-    axis.legend(fontsize=7, frameon=False)
+    # Beside the bars, in their order.
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(
+        handles[::-1],
+        labels[::-1],
+        fontsize=7,
+        frameon=False,
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
 
 
 def _first(axis: Any, first: First) -> None:

@@ -26,7 +26,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,15 +74,13 @@ def main() -> int:
             "--only throughput soak day"
         )
     report = Report(*parts.open_folder(), args.only, quick=args.quick)
-    for name in args.only:
-        PARTS[name](report, args.repetitions)
+    benchmark.run(PARTS, report, args.repetitions)
 
     def draw(picture: Path) -> None:
         if report.day and not report.quick:
             print(day_picture.draw(report.day, picture))
 
-    benchmark.tell(report, draw)
-    return 0
+    return benchmark.tell(report, draw)
 
 
 def _restart(report: Report, repetitions: int | None) -> None:
@@ -174,7 +172,7 @@ def _day(report: Report, _repetitions: int | None) -> None:
     report.results["day"] = {found.arm.name: found.results() for found in report.day}
 
 
-PARTS: dict[str, Callable[[Report, int | None], None]] = {
+PARTS: dict[str, parts.Part] = {
     "restart": _restart,
     "throughput": _throughput,
     "soak": _soak,

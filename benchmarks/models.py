@@ -58,6 +58,16 @@ MIXTRAL_4 = SynthSpec(layers=4)
 MIXTRAL_32 = SynthSpec(layers=32)
 SMALL = SynthSpec(layers=4, hidden=2048, intermediate=7168, heads=16, kv_heads=4, vocab=8000)
 """For QUICK: a quarter of an expert's size."""
+TINY = SynthSpec(
+    layers=4,
+    hidden=512,
+    intermediate=1792,
+    heads=8,
+    kv_heads=2,
+    vocab=8000,
+    max_shard_bytes=40 * 10**6,
+)
+"""Loaded in no time, from several files."""
 MODELS = {
     model.name: model
     for model in (
@@ -70,6 +80,7 @@ MODELS = {
         Model("int4-32", MIXTRAL_32, "int4"),
         Model("q4_0-32.gguf", MIXTRAL_32, "gguf-q4_0"),
         Model("bf16-small", SMALL, "bf16"),
+        Model("bf16-tiny", TINY, "bf16"),
         Model("int4-small", SMALL, "int4"),
         Model("bf16-small.gguf", SMALL, "gguf-bf16", "bf16-small"),
     )
@@ -171,6 +182,7 @@ class ModelFolder:
                 *("--layers", str(spec.layers), "--hidden", str(spec.hidden)),
                 *("--intermediate", str(spec.intermediate), "--vocab", str(spec.vocab)),
                 *("--heads", str(spec.heads), "--kv-heads", str(spec.kv_heads)),
+                *("--max-shard-size", str(spec.max_shard_bytes)),
             ]
             stored = ["--expert-format", "int4", *DENSE] if model.format == "int4" else []
             return [*ours, "synth", out, *shape, *stored]

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,12 @@ class Report:
         self.ceilings: dict[str, float] = {}
         self.results: dict[str, Any] = {}
         self.ratios: dict[str, float] = {}
+        self.failed: dict[str, str] = {}
+        """Parts that ended with an error, and which."""
+
+
+Part = Callable[[Any, int | None], None]
+"""Gets the benchmark's own Report and, if given, the number of repetitions."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,30 @@ class Benchmark:
         parser.add_argument("--repetitions", type=int, help=repeated)
         return parser.parse_args()
 
-    def tell(self, report: Report, draw: Callable[[Path], None]) -> None:
+    def run(self, parts: Mapping[str, Part], report: Report, repetitions: int | None) -> None:
+        """Runs the report's parts; one that fails is noted, and the next one is run.
+
+        Args:
+            parts: By name.
+            report: Which names its parts.
+            repetitions: As `arguments` has it.
+        """
+        for name in report.parts:
+            try:
+                parts[name](report, repetitions)
+            except Exception as error:  # noqa: BLE001  whatever it is: others' results are kept
+                traceback.print_exc()
+                report.failed[name] = repr(error)
+
+    def tell(self, report: Report, draw: Callable[[Path], None]) -> int:
         """Prints ratios beside their bars, and the JSON line, which is kept unless quick.
 
         Args:
             report: Of the parts that were run.
             draw: Makes the picture of it, if there is one, in a file of this name.
+
+        Returns:
+            An exit code: 1 where a part failed.
         """
         for key, ratio in report.ratios.items():
             is_least = key in self.at_least
@@ -69,15 +94,20 @@ class Benchmark:
             "results": report.results,
             "ratios": report.ratios,
         }
+        if report.failed:
+            line["failed"] = report.failed
         kept = report.folder / f"{self.name}-quick.json"
-        if not report.quick:
+        done = [name for name in report.parts if name not in report.failed]
+        if done and not report.quick:
             checkout.RESULTS.mkdir(exist_ok=True)
-            is_whole = set(report.parts) == set(self.parts)
-            some = "" if is_whole else "".join(f"-{name}" for name in report.parts)
+            some = "" if set(done) == set(self.parts) else "".join(f"-{name}" for name in done)
             kept = checkout.RESULTS / f"{self.name}{some}-{line['commit']}.json"
             kept.write_text(json.dumps(line, indent=1) + "\n")
         draw(kept.with_suffix(".png"))
+        for name, error in report.failed.items():
+            print(f"FAILED, its results are missing: {name}: {error}")
         print(json.dumps(line))
+        return 1 if report.failed else 0
 
 
 def open_folder() -> tuple[Path, ModelFolder]:
