@@ -33,6 +33,7 @@ from moe_server.messages import (
     ToEngine,
 )
 from moe_server.pulse import Pulse
+from moe_server.read_ahead import read_ahead
 from moe_server.warmup.stages import LIBRARIES
 from moe_server.weights import Weights, lasting_memory
 
@@ -41,6 +42,8 @@ REWARMING_MS = 10
 """Between two looks at what the disk has brought, while there are no requests."""
 PROGRESS_INTERVAL_S = 0.1
 SWITCH_INTERVAL_S = 0.0005
+PACKAGES = ("torch", "deepspeed", "numpy")
+"""What is imported while the disk is busy, and consists of many files."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -119,6 +122,7 @@ def _serve(
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     lasting = lasting_memory(memory, config, checkpoint, plan)
     weights = Weights(config, checkpoint, plan, lasting, hot_set)
+    read_ahead(*PACKAGES)
     weights.begin()
     pulse.give(lambda: weights.reader.counters.bytes)
     # Heavy imports, after the messages that tell the front door we live.
