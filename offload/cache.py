@@ -323,11 +323,16 @@ class ExpertCache:
         """Bytes of the places that reads were begun for and nobody has waited for yet."""
         return len(self._coming) * self._stride_bytes
 
-    def wait_filled(self, progress: Callable[[int], None]) -> None:
+    def wait_filled(
+        self,
+        progress: Callable[[int], None],
+        arrived: Callable[[ExpertId], None] = lambda _expert: None,
+    ) -> None:
         """Blocks until everything that `fill` began has arrived.
 
         Args:
             progress: Called with the bytes that arrived so far, now and then.
+            arrived: Called with each expert when it is there; may acquire it.
 
         Raises:
             MoeServerError: A read failed.
@@ -335,7 +340,9 @@ class ExpertCache:
         begun = list(self._coming.values())
         for number, fetch in enumerate(begun):
             fetch.ticket.wait()
-            self._fetches.finish(self._coming.pop(fetch.expert), used=False)
+            if self._coming.pop(fetch.expert, None) is not None:  # else acquiring took it in
+                self._fetches.finish(fetch, used=False)
+            arrived(fetch.expert)
             progress((number + 1) * self._stride_bytes)
 
     def close(self) -> None:

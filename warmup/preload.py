@@ -8,6 +8,7 @@ the probes.
 
 import time
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from moe_server.budget import MemoryPlan
@@ -31,7 +32,8 @@ def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Repor
     """Loads the dense weights and touches every expert.
 
     Experts that stay in memory are read first, those that were wanted most before all; those that
-    have no place pass through one slot afterwards. After a restart the latter are left out: an
+    have no place pass through one slot afterwards. Where every one has a slot, each is touched as
+    it arrives, while others still do. After a restart those without a place are left out: an
     earlier process has proven them.
 
     Raises:
@@ -52,8 +54,25 @@ def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Repor
     engine.weights.read_embedding(lambda done: dense_read(plan.dense_bytes + done))
     if config.dense_backend == "zero3":
         engine.model.use_zero3(config.zero3_config)
-    engine.cache.wait_filled(progress(IN_MEMORY, engine.cache.coming_bytes))
-    touched = progress(EVERY_EXPERT, experts_total)
+    touched_early: set[ExpertId] = set()
+
+    def arrived(expert: ExpertId) -> None:
+        if plan.num_slots >= plan.num_experts_total:  # else the order matters to who stays
+            engine.model.experts.touch(expert.layer, expert.expert)
+            touched_early.add(expert)
+
+    engine.cache.wait_filled(progress(IN_MEMORY, engine.cache.coming_bytes), arrived)
+    _touch_others(engine, plan, touched_early, progress(EVERY_EXPERT, experts_total))
+    # On a GPU, kept experts have gone from records to slots: others find their places free.
+    engine.weights.fill()
+    engine.cache.wait_filled(lambda _done: None)
+    engine.weights.note_proven()
+
+
+def _touch_others(
+    engine: Engine, plan: MemoryPlan, early: AbstractSet[ExpertId], touched: Callable[[int], None]
+) -> None:
+    """Touches what was not touched early; finds out how to read while it reads."""
     was_proven = engine.weights.reuse_read_settings()
     calibration = None if was_proven else Calibration(engine.weights.reader)
     passing, staying = engine.weights.passing(), engine.weights.staying()
@@ -66,16 +85,13 @@ def preload(engine: Engine, config: ModelConfig, plan: MemoryPlan, report: Repor
             continue
         if calibration is not None:
             calibration.next()
-        engine.model.experts.touch(expert.layer, expert.expert)
+        if expert not in early:
+            engine.model.experts.touch(expert.layer, expert.expert)
         if not was_near and expert not in rank:
             engine.cache.forget(expert)
         touched(number * plan.expert_bytes)
     if calibration is not None:
         calibration.conclude()
-    # On a GPU, kept experts have gone from records to slots: others find their places free.
-    engine.weights.fill()
-    engine.cache.wait_filled(lambda _done: None)
-    engine.weights.note_proven()
 
 
 def resident_expert_s(engine: Engine) -> float:
