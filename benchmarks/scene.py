@@ -15,6 +15,11 @@ from benchmarks.engine_server import ServerFailedError, running_server
 from benchmarks.faults import Faults
 from benchmarks.observer import Moment, Observer, Question
 
+PATIENT = {
+    "MOE_SERVER_WARMUP__MAX_TTFT_MS": "60000",
+    "MOE_SERVER_WARMUP__MAX_TPOT_MS": "60000",
+}
+"""Limits of a proof that a disk can keep which is slow so that stages are seen."""
 ASKED = Question((3, 1, 4, 1, 5, 9, 2, 6), new_tokens=8)
 
 
@@ -32,7 +37,7 @@ class Served:
     timeout_s: float = 240.0
     """How long it may take until a server is READY, or names what keeps it."""
     question: Question = ASKED
-    environ: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=lambda: PATIENT)
 
 
 @dataclass(frozen=True)

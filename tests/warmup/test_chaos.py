@@ -4,7 +4,7 @@ The server is the command that an operator starts, on a tiny checkpoint in sever
 places for few of its experts, so that every stage reads; `benchmarks.faults` slows and breaks it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 
@@ -17,8 +17,6 @@ LOAD_S = 0.8
 """What a load takes at least, so that its stages are seen."""
 CAUSE_S = 1.0
 TIMEOUT_S = 90.0
-FAILS_WITHIN_S = 15.0
-"""Of what is expected to fail."""
 STAGES = ("libraries", "dense weights", "experts in memory", "every expert")
 
 pytestmark = pytest.mark.timeout(300)
@@ -63,8 +61,10 @@ def test_every_stage_is_seen(on):
     ]
 
 
-def test_an_engine_is_killed_at_every_stage(on):
-    assert_stood(chaos.killed_engine(on.served, on.places, on.slow_bytes_per_s))
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_engine_is_killed_at_every_stage(on, first):
+    # Every other one: the pause before the next engine doubles each time.
+    assert_stood(chaos.killed_engine(on.served, on.places[first::2], on.slow_bytes_per_s))
 
 
 def test_a_server_is_killed_at_every_stage(on):
@@ -84,18 +84,10 @@ def test_reads_fail_while_ready(on):
     assert outcome.recovered_s is not None
 
 
-@pytest.mark.parametrize(
-    "from_the_start",
-    [
-        pytest.param(False, marks=pytest.mark.xfail(reason="FAILED instead of tried again")),
-        pytest.param(True, marks=pytest.mark.xfail(reason="serve ends")),
-    ],
-)
+@pytest.mark.parametrize("from_the_start", [False, True])
 def test_a_shard_is_missing_for_a_while(on, from_the_start):
-    served = replace(on.served, timeout_s=FAILS_WITHIN_S)
-    assert_stood(chaos.missing_shard(served, from_the_start=from_the_start, away_s=CAUSE_S))
+    assert_stood(chaos.missing_shard(on.served, from_the_start=from_the_start, away_s=CAUSE_S))
 
 
-@pytest.mark.xfail(reason="serve ends")
 def test_a_shard_is_still_being_copied(on):
-    assert_stood(chaos.cut_shard(replace(on.served, timeout_s=FAILS_WITHIN_S), CAUSE_S))
+    assert_stood(chaos.cut_shard(on.served, CAUSE_S))
