@@ -77,7 +77,6 @@ def test_reads_fail_from_the_start(on):
     assert "Input/output error" in outcome.said
 
 
-@pytest.mark.xfail(reason="it stays READY while every request fails")
 def test_reads_fail_while_ready(on):
     outcome = chaos.read_error(on.served, while_ready=True, broken_s=CAUSE_S)
     assert outcome.problems == ()
