@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.coldstart_first import First, steady
-from benchmarks.coldstart_hotset import HotSet
+from benchmarks.coldstart_hotset import HotSet, hit_rate
 from benchmarks.coldstart_ready import Start
 
 WARMED, UNWARMED, GREY = "#1f5fa8", "#b01030", "#777777"
@@ -86,12 +86,15 @@ def _first(axis: Any, first: First) -> None:
 
 
 def _hot_set(axis: Any, hot_set: HotSet) -> None:
-    for rates, colour, label in (
-        (hot_set.without, UNWARMED, "without a hot set"),
-        (hot_set.with_, WARMED, "with the hot set"),
+    """Hit rates request by request, all sequences together."""
+    for name, colour, label in (
+        ("settled", GREY, "a settled server"),
+        ("without", UNWARMED, "without a hot set"),
+        ("with_", WARMED, "with the hot set"),
     ):
+        requests = zip(*(getattr(pair, name) for pair in hot_set.pairs), strict=True)
+        rates = [hit_rate(looked) for looked in requests]
         axis.plot(range(1, len(rates) + 1), rates, "o-", ms=3, color=colour, label=label)
-    axis.axhline(hot_set.steady_rate, color=GREY, linestyle=":", label="steady hit rate")
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("request")
     axis.set_title("experts found on the device, share of wanted ones", fontsize=10)

@@ -26,6 +26,7 @@ from moe_server.messages import (
     ExpertCounters,
     FinishReason,
     FromEngine,
+    HotSet,
     Offload,
     RequestFailed,
     Rewarm,
@@ -109,6 +110,8 @@ class Engine:
                 self.cancel(request_id)
             case Vocabulary():
                 self.compiler.use(message)
+            case HotSet():
+                self.hot_experts.begin(message)
             case TellHotSet():
                 self.hot_experts.ask()
             case Rewarm():

@@ -27,7 +27,8 @@ class HotExperts:
         self._plan = plan
         self._tell_every_s = tell_every_s
         self._told_at, self._num_told, self._is_asked = time.monotonic(), 0, False
-        self._rewarm: tuple[int, Refill] | None = None
+        self._rewarm: tuple[int | None, Refill] | None = None
+        """Its id; None: nobody is told."""
         self._progress_at = 0.0
         self._unsent: list[RewarmProgress] = []
 
@@ -39,11 +40,18 @@ class HotExperts:
         """The hot set is told after the step."""
         self._is_asked = True
 
+    def begin(self, hot_set: HotSet) -> None:
+        """What was wanted since the start was the warm-up's, and is not what requests will want.
+
+        It is not counted, and what it has displaced comes back.
+        """
+        self._weights.uses.restore(hot_set.visits, hot_set.shares)
+        if any(hot_set.visits):
+            self._refill(None)
+
     def rewarm(self, message: Rewarm) -> None:
         """Begins to bring back what was wanted most."""
-        uses, cache = self._weights.uses, self._weights.cache
-        hot = uses.ranked()[: self._plan.num_places]
-        self._rewarm = message.rewarm_id, Refill(cache, uses, hot, self._plan.slot_bytes)
+        self._refill(message.rewarm_id)
 
     def stop(self, message: StopRewarm) -> None:
         """Ends a rewarming; none where it is another one that is going on."""
@@ -64,24 +72,32 @@ class HotExperts:
             news.append(HotSet(uses.visits(), uses.shares()))
         return news
 
-    def _go_on(self, rewarm_id: int, refill: Refill) -> None:
+    def _refill(self, rewarm_id: int | None) -> None:
+        if self._rewarm is not None:
+            self._rewarm[1].stop()
+            self._end(RewarmOutcome.STOPPED)
+        uses, cache = self._weights.uses, self._weights.cache
+        hot = uses.ranked()[: self._plan.num_places]
+        self._rewarm = rewarm_id, Refill(cache, uses, hot, self._plan.slot_bytes)
+
+    def _go_on(self, rewarm_id: int | None, refill: Refill) -> None:
         refill.advance()
         now = time.monotonic()
         if refill.is_done:
             self._end(RewarmOutcome.DONE)
         elif now - self._progress_at >= PROGRESS_EVERY_S:
             self._progress_at = now
-            self._unsent.append(self._tell(rewarm_id, refill, None))
+            self._tell(rewarm_id, refill, None)
 
     def _end(self, outcome: RewarmOutcome) -> None:
         assert self._rewarm is not None
-        self._unsent.append(self._tell(*self._rewarm, outcome))
+        self._tell(*self._rewarm, outcome)
         self._rewarm = None
 
-    def _tell(
-        self, rewarm_id: int, refill: Refill, outcome: RewarmOutcome | None
-    ) -> RewarmProgress:
-        return RewarmProgress(
+    def _tell(self, rewarm_id: int | None, refill: Refill, outcome: RewarmOutcome | None) -> None:
+        if rewarm_id is None:
+            return
+        progress = RewarmProgress(
             rewarm_id,
             refill.num_done,
             refill.num_total,
@@ -90,3 +106,4 @@ class HotExperts:
             refill.num_total * self._plan.slot_bytes,
             outcome,
         )
+        self._unsent.append(progress)

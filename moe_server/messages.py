@@ -76,7 +76,8 @@ class Vocabulary(msgspec.Struct, frozen=True, tag=True):
 class HotSet(msgspec.Struct, frozen=True, tag=True):
     """How often experts were wanted of late; see `offload.uses`.
 
-    The second message that an engine gets, and one that it sends now and then.
+    The second message that an engine gets; comes again when its warm-up is over, which was no
+    traffic to learn from. The engine sends its own now and then.
     """
 
     visits: list[float]

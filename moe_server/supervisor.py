@@ -263,7 +263,7 @@ class Supervisor:
 
     async def _save_hot_set(self) -> None:
         """Asks the engine for its hot set and waits until that is written, though not for ever."""
-        if self._hot_set is None or self._link is None or not self._loaded.is_set():
+        if self._hot_set is None or self._link is None or self._life_ready_at is None:
             return
         self._hot_set_told.clear()
         self._link.send(TellHotSet())
@@ -395,7 +395,7 @@ class Supervisor:
                 self._loaded.set()
                 self.tried.set()
             case HotSet():
-                if self._hot_set is not None:
+                if self._hot_set is not None and self._life_ready_at is not None:
                     self._hot_set.keep(message)
                 self._hot_set_told.set()
             case RewarmProgress():
@@ -481,7 +481,11 @@ class Supervisor:
                 continue
             self._doubt.clear()  # The rounds that failed have set it.
             self.startup.reason = ""
-            self._life_ready_at = self._life_ready_at or time.monotonic()
+            if self._life_ready_at is None:
+                # Not after a later proof: what was learned since the last save would be lost.
+                if self._hot_set is not None and self._link is not None:
+                    self._link.send(await self._hot_set.latest())
+                self._life_ready_at = time.monotonic()
             self._stages.note_ready()
             self._enter(ServerState.READY)
             await self._doubt.wait()

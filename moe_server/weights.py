@@ -63,7 +63,7 @@ class Weights:
         self.checkpoint = checkpoint
         self.uses = Uses(checkpoint.num_layers, checkpoint.num_experts)
         """How often experts are wanted."""
-        self._has_hot_set = bool(hot_set.visits)
+        self._has_hot_set = any(hot_set.visits)
         self.num_kept = 0
         """Experts that an earlier process had left in memory."""
         self.reader = Reader(

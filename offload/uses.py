@@ -61,7 +61,15 @@ class Uses:
         ]
 
     def restore(self, visits: Sequence[float], shares: Sequence[Sequence[float]]) -> None:
-        """Goes on from what an earlier one of this model had found."""
+        """Goes on from what an earlier one of this model had found; from nothing if both are empty.
+
+        Args:
+            visits: As `visits` gives them.
+            shares: As `shares` gives them.
+        """
+        for counts in self._counts:
+            counts[:] = [0.0] * len(counts)
+        self._totals = [0.0] * len(self._counts)
         for layer, (total, of_layer) in enumerate(zip(visits, shares, strict=True)):
             self._counts[layer] = [total * share for share in of_layer]
             self._totals[layer], self._weights[layer] = total, 1.0

@@ -154,7 +154,9 @@ class HotSetKeeper:
         return self._latest
 
     def keep(self, hot_set: HotSet) -> None:
-        """Remembers what an engine has told and begins to write it down."""
+        """Remembers what an engine has told, unless that is nothing, and begins to write it."""
+        if not any(hot_set.visits):
+            return
         self._latest = hot_set
         if self._path is not None and (self._writing is None or self._writing.done()):
             self._writing = asyncio.create_task(self._write(self._path), name="hot set")
@@ -185,7 +187,7 @@ class HotSetKeeper:
             hot_set = NO_HOT_SET
             if isinstance(error, ForeignError) and self._setting != AUTO:
                 path = None
-        if hot_set.visits:
+        if any(hot_set.visits):
             log.info("hot set", path=_text(path), visits=round(max(hot_set.visits)))
         self._path = path
         return hot_set

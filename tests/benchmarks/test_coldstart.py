@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.coldstart_first import First, first_over_steady, percentile
-from benchmarks.coldstart_hotset import NUM_TOPICS, WINDOW, HotSet, topics, until_steady
+from benchmarks.coldstart_hotset import (
+    NUM_TOPICS,
+    HotSet,
+    Looked,
+    Pair,
+    topics,
+    until_settled,
+)
 from benchmarks.coldstart_ready import Start, limit_s, worst_ratio
 from benchmarks.observer import Moment, stages
 
@@ -52,16 +59,33 @@ def test_percentiles_are_values_that_occurred() -> None:
     assert percentile([1.0] * 30 + [7.0], 0.99) == 7
 
 
-def test_the_steady_state_begins_where_a_whole_window_is_as_good() -> None:
-    slow = [0.1] * 10 + [0.8] * 30
-    assert until_steady(slow, 0.8) == 11
-    assert until_steady([0.8] * 40, 0.8) == 1
-    # Single good requests are none; a state that is never reached counts as all requests.
-    assert until_steady([0.8, 0.1] * 20, 0.8) == 40
-    assert until_steady([0.8] * (WINDOW - 1) + [0.1] * 5, 0.8) == WINDOW + 4
-    hot_set = HotSet(before=[0.8] * 40, without=slow, with_=[0.8] * 40, uniform_rate=0.5)
-    assert hot_set.steady_rate == pytest.approx(0.8)
-    assert hot_set.speedup == pytest.approx(11)
+def looked(*missing: int) -> list[Looked]:
+    """Requests that want 8 experts each."""
+    return [Looked(8 - one, one) for one in missing]
+
+
+def test_a_server_has_settled_when_its_next_window_hits_as_often_as_the_settled_one_s() -> None:
+    settled = looked(*[1] * 20)
+    slow = looked(*[5] * 6, *[1] * 14)
+    assert until_settled(slow, settled, window=16) == 7 * 8
+    assert until_settled(settled, settled, window=16) == 8
+    # A single good request is no window, and a request that is hard for both is no fault.
+    assert until_settled(looked(*[0, 8] * 10), settled, window=16) == 20 * 8
+    assert until_settled(looked(8, *[1] * 19), looked(8, *[1] * 19), window=16) == 8
+    # What is left at the end is too short to tell.
+    assert until_settled(looked(*[8] * 19, 0), settled, window=16) == 20 * 8
+
+
+def test_the_speedup_is_the_median_over_sequences() -> None:
+    settled = looked(*[1] * 20)
+    pairs = [
+        Pair(16, settled, looked(*[5] * number, *[1] * (20 - number)), settled)
+        for number in (1, 4, 9)
+    ]
+    found = HotSet(pairs, uniform_rate=0.5)
+    assert found.settled_rate == pytest.approx(7 / 8)
+    assert (found.wanted_with, found.wanted_without) == (8, 40)
+    assert found.speedup == pytest.approx(5)
 
 
 def test_traffic_is_skewed_and_its_topics_are_the_same_for_every_seed() -> None:
