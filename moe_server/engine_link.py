@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 PREFIX, SOCKET = "moe-server-", "engine"
 NUM_RANDOM_CHARS = 8
 """What TemporaryDirectory appends."""
+KILLED_S = 10.0
+"""After SIGKILL: the kernel takes seconds to free tens of gigabytes."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -141,7 +143,15 @@ class EngineLink:
             log.warning("engine did not end in time; killing it", pid=self.pid)
         finally:
             self.kill()
-            await self._process.wait()
+            await self._wait_killed()
+
+    async def _wait_killed(self) -> None:
+        """Not for ever: a process whose disk stands still dies only when that goes on."""
+        try:
+            async with asyncio.timeout(KILLED_S):
+                await self._process.wait()
+        except TimeoutError:
+            log.warning("engine cannot die, it waits for a device; leaving it", pid=self.pid)
 
 
 @asynccontextmanager

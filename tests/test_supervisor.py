@@ -166,6 +166,24 @@ async def test_a_stop_as_the_engine_ends_is_not_lost(num_rounds):
             await shutting_down
 
 
+async def test_a_process_that_cannot_die_does_not_keep_the_server(monkeypatch):
+    class Waiting:
+        """For a disk that stands still."""
+
+        pid, returncode = 1, None
+
+        async def wait(self):
+            await asyncio.Event().wait()
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr("moe_server.engine_link.KILLED_S", 0.01)
+    with capture_logs() as logs:
+        await asyncio.wait_for(EngineLink(Waiting(), None, None, None).shut_down(0.01), WAIT_S)
+    assert "cannot die" in logs[-1]["event"]
+
+
 def memory_bytes(supervisor: Supervisor) -> int:
     """What the engines have left in their memory; one byte each."""
     return os.fstat(supervisor._memory).st_size
