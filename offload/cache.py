@@ -263,14 +263,16 @@ class ExpertCache:
         self,
         expert: ExpertId,
         keep: AbstractSet[ExpertId],
-        is_colder: Callable[[ExpertId, ExpertId], bool],
+        share: Callable[[ExpertId], float],
     ) -> Fetch | None:
         """Begins to read an expert behind all other reads, in a place that reads can reach.
 
         Args:
             expert: It is not near.
             keep: Not to be evicted for it.
-            is_colder: Whether the first may be evicted for the second.
+            share: Of its layer's visits, those that wanted an expert. Of the same layer the least
+                wanted gives way, if less than this one; without any, that of all layers. (Policies
+                follow the last visits, and would keep what those wanted.)
 
         Returns:
             None where there is no place for it.
@@ -283,9 +285,10 @@ class ExpertCache:
         tier = next((tier for tier in tiers if tier.free), None)
         if tier is None:
             keep = keep | self._in_use | self._soon
-            victims = (tier.policy.victim(expert, keep) for tier in tiers if tier.places)
-            victim = next((one for one in victims if one and is_colder(one, expert)), None)
-            if victim is None:
+            others = [one for tier in tiers for one in tier.places if one not in keep]
+            of_layer = [one for one in others if one.layer == expert.layer]
+            victim = min(of_layer or others, key=share, default=expert)
+            if victim.layer == expert.layer and share(victim) >= share(expert):
                 return None
             tier, place = self.tiers.forget(victim)
         else:

@@ -75,7 +75,7 @@ class Refill:
         if self._cache.is_near(expert):
             self.num_done += 1
             return
-        fetch = self._cache.fetch_behind(expert, keep=self._hot, is_colder=self._uses.is_colder)
+        fetch = self._cache.fetch_behind(expert, keep=self._hot, share=self._uses.share)
         if fetch is None:
             self.num_left_out += 1
         else:

@@ -79,10 +79,6 @@ class Uses:
         total = self._totals[expert.layer]
         return self._counts[expert.layer][expert.expert] / total if total else 0.0
 
-    def is_colder(self, one: ExpertId, other: ExpertId) -> bool:
-        """Whether the first was wanted less often than the second."""
-        return self.share(one) < self.share(other)
-
     def ranked(self) -> list[ExpertId]:
         """All experts: the first of every layer, then the second of every layer, and so on.
 

@@ -121,7 +121,8 @@ def test_tokens_do_not_depend_on_where_experts_were(stored):
                     assert torch.equal(logprobs(events), logprobs(whole)), place
             counters = engine.cache.counters
             assert (counters.host_hits > 0) == (place == "one slot, host tier")
-            assert (counters.device_hits > 0) == (place == "some slots")
+            # One slot may hold, for once, what the start has left in it.
+            assert (counters.device_hits > 1) == (place == "some slots")
             assert engine.cache.tiers.cost.computed_in_place == 0
             if place == "one slot, host tier":
                 with gpu_engine(stored, **budgets, host_compute=True) as other:
