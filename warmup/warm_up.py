@@ -9,7 +9,7 @@ Knows the protocol and an address; neither the supervisor that awaits it nor the
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -168,14 +168,14 @@ class WarmUp:
         )
 
     async def _send_shapes(self, channel: grpc.aio.Channel) -> None:
-        requests: list[Awaitable[object]] = [
+        requests: list[Coroutine[None, None, object]] = [
             send_probe(channel, shape, next(self._seeds), self._metadata)
             for shape in self._first.shapes
         ]
         if self._first.as_people_send_it is not None:
             requests.append(self._send(channel, self._first.as_people_send_it))
         self._stages.doing = f"{len(requests)} requests side by side"
-        await asyncio.gather(*requests)
+        await _side_by_side(requests)
 
     async def _send_recorded(self, channel: grpc.aio.Channel) -> None:
         recorded, places = self._first.recorded, asyncio.Semaphore(len(self._first.shapes))
@@ -188,9 +188,7 @@ class WarmUp:
             num_sent += 1
             self._stages.doing = f"{num_sent} of {len(recorded)} recorded requests"
 
-        async with asyncio.TaskGroup() as sending:
-            for request in recorded:
-                sending.create_task(send(request))
+        await _side_by_side([send(request) for request in recorded])
 
     async def _send(
         self, channel: grpc.aio.Channel, request: generation_pb2.GenerateStreamRequest
@@ -221,6 +219,16 @@ class WarmUp:
                     f"probe {index} of {num_probes}: {missed}", reason=Reason.UNSUPPORTED
                 )
         self._stages.doing = f"proven in round {attempt}"
+
+
+async def _side_by_side(requests: Iterable[Coroutine[None, None, object]]) -> None:
+    """Returns when all are done; raises what the first failure is, and ends the others with it."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for request in requests:
+                group.create_task(request)
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
 
 
 def _failure(error: grpc.aio.AioRpcError) -> MoeServerError:

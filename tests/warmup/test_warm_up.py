@@ -4,13 +4,17 @@ import os
 import signal
 
 import grpc
+import pytest
 
 from moe_server.config import Config, WarmupConfig
-from moe_server.proto.moe_server.v1 import admin_pb2
+from moe_server.errors import MoeServerError
+from moe_server.proto.moe_server.v1 import admin_pb2, generation_pb2
 from moe_server.state import ServerState
+from moe_server.warmup import warm_up
 from moe_server.warmup.ladder import ladder, longest_prompt
 from moe_server.warmup.limits import Limits
 from moe_server.warmup.probe import ProbeShape
+from moe_server.warmup.stages import StageLog
 from tests.front_door import (
     ANY_TIME,
     WAIT_S,
@@ -20,6 +24,7 @@ from tests.front_door import (
     make_config,
     make_model,
     request,
+    setup,
 )
 
 
@@ -172,6 +177,44 @@ async def test_a_stage_whose_request_fails_is_tried_again_by_itself():
         assert "The request shapes failed 2 times" in startup.reason
         assert startup.stages.stages[-1].name == "request shapes"
         assert "RESOURCE_EXHAUSTED: No blocks." in startup.stages.stages[-1].failure
+
+
+async def test_a_recorded_request_that_fails_is_a_failure_of_its_stage():
+    flags = ("--refuse-token", "98")  # No shape has it.
+    ids = generation_pb2.TokenIds(ids=[98])
+    asked = generation_pb2.GenerateStreamRequest(token_ids=ids)
+    recorded = [generation_pb2.RecordedRequest(request=asked)] * 2
+    first = dataclasses.replace(setup(*flags, config=warmup()), requests=recorded)
+    until = ServerState.FAILED
+    async with front_door(config=warmup(), first=first, until=until) as door:
+        startup = door.server.supervisor.startup
+        assert "The recorded requests failed 2 times" in startup.reason
+        assert "No blocks." in startup.reason
+        assert door.server.supervisor.num_restarts == 0, "no fault of the engine's"
+
+
+async def test_a_shape_that_fails_ends_the_others_before_they_are_sent_again(monkeypatch):
+    running, most = 0, 0
+
+    async def send(_channel, shape, *_) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        try:
+            if shape.new_tokens == 2:
+                raise MoeServerError("This one fails.")
+            await asyncio.Event().wait()
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(warm_up, "send_probe", send)
+    probe = ProbeShape("m", vocab_size=9, prompt_tokens=1, new_tokens=2, max_request_tokens=9)
+    shapes = [probe, dataclasses.replace(probe, new_tokens=3)]
+    first = warm_up.FirstRequests(shapes, None)
+    one = warm_up.WarmUp(WarmupConfig(attempts=3), probe, first, "unix:none", (), StageLog())
+    with pytest.raises(MoeServerError, match="The request shapes failed 3 times"):
+        await one.prove(Limits())
+    assert most <= 2
 
 
 async def warnings_of_text(**model) -> list[str]:
