@@ -341,6 +341,7 @@ class Supervisor:
                     # It has no requests, and reads no Shutdown before it has loaded.
                     link.kill()
                 # Before the engine's orderly end, which can take seconds: nobody waits for it.
+                self.startup.reason = ""
                 self._phase = ServerState.STARTING
                 self._publish()
                 self._requests.fail_all(*failure)
@@ -474,10 +475,12 @@ class Supervisor:
                 await self._prove(self._measured)
             except MoeServerError as error:
                 log.error("not proven", reason=str(error))  # noqa: TRY400  # no surprise
+                again_s = self._patience.proof_again_s
+                self._stages.doing = f"proving anew in {again_s:g} s: {error}"
                 if error.reason is not Reason.UNAVAILABLE:
                     self.startup.reason = str(error)
                     self._enter(ServerState.FAILED)
-                await asyncio.sleep(self._patience.proof_again_s)
+                await asyncio.sleep(again_s)
                 continue
             self._doubt.clear()  # The rounds that failed have set it.
             self.startup.reason = ""

@@ -314,6 +314,22 @@ async def test_a_failed_proof_is_failed_and_never_ready():
         assert ServerState.READY not in states
         assert supervisor.startup.reason == "Too slow. Buy a faster one."
         assert supervisor.engine_pid is not None, "the next try needs it"
+        doing = supervisor.startup.stages.doing
+        assert doing == "proving anew in 0.1 s: Too slow. Buy a faster one."
+
+
+async def test_a_failed_proof_is_no_reason_any_more_when_its_engine_is_lost():
+    async def refuse() -> None:
+        raise MoeServerError("Too slow.", "Buy a faster one.")
+
+    patience = replace(PATIENCE, proof_again_s=1000.0)
+    async with supervised(prove=refuse, patience=patience) as supervisor:
+        await reach(supervisor, ServerState.FAILED)
+        with supervisor.startup.feed.watch() as watcher:
+            assert await watcher.next() is ServerState.FAILED
+            os.kill(supervisor.engine_pid, signal.SIGKILL)
+            assert await watcher.next() is ServerState.STARTING
+            assert supervisor.startup.reason == ""
 
 
 async def test_a_crash_while_proving_proves_again():
