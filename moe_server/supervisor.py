@@ -176,7 +176,10 @@ class Supervisor:
         Raises:
             MoeServerError: UNAVAILABLE in any state but READY, EXHAUSTED where no place is free.
         """
-        is_proving = self._phase in (ServerState.WARMING, ServerState.FAILED)
+        is_proving = self._link is not None and self._phase in (
+            ServerState.WARMING,
+            ServerState.FAILED,
+        )
         is_open = self.state is ServerState.READY or (is_probe and is_proving)
         if not is_open:
             raise MoeServerError(

@@ -285,6 +285,9 @@ async def test_a_final_fatal_is_failed_with_the_remedy():
         with pytest.raises(MoeServerError, match=r"failed\. No memory\.") as caught:
             await tokens(supervisor, [1], 1)
         assert caught.value.reason is Reason.UNAVAILABLE
+        # There is no engine that would answer it.
+        with pytest.raises(MoeServerError, match="failed"), supervisor.admit(is_probe=True):
+            pass
 
 
 async def test_a_passing_fatal_is_retried_with_growing_backoff():
@@ -314,6 +317,8 @@ async def test_a_failed_proof_is_failed_and_never_ready():
         assert ServerState.READY not in states
         assert supervisor.startup.reason == "Too slow. Buy a faster one."
         assert supervisor.engine_pid is not None, "the next try needs it"
+        with supervisor.admit(is_probe=True):
+            pass
         doing = supervisor.startup.stages.doing
         assert doing == "proving anew in 0.1 s: Too slow. Buy a faster one."
 
