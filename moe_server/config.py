@@ -148,10 +148,10 @@ class WarmupConfig(Section):
     """Requests sent alone, one after another; all of them must keep the limits."""
     max_ttft_ms: float | None = Field(None, gt=0)
     """Longest time to first token a probe may take. Unset: 4 times what the speeds measured at the
-    start say, and 1 s; inf: any."""
+    start say, and 1 s; any for a dense model, whose speed is not measured. inf: any."""
     max_tpot_ms: float | None = Field(None, gt=0)
     """Longest time per output token a probe may take. Unset: 4 times what the speeds measured at
-    the start say, and 250 ms; inf: any."""
+    the start say, and 250 ms; any for a dense model. inf: any."""
     attempts: int = Field(5, ge=1)
     """Tries of each stage of the warm-up, with growing pauses, before it counts as failed."""
     hot_set: Annotated[str, AfterValidator(_a_path)] = "auto"

@@ -74,12 +74,20 @@ class Limits:
 
     @classmethod
     def of(cls, config: WarmupConfig, work: Work, speeds: Speeds, prompt_tokens: int) -> "Limits":
-        """The configured ones, and for those that are unset what the roofline says."""
-        ttft_s = SLACK * work.step_s(prompt_tokens, speeds) + TTFT_CONSTANT_S
-        tpot_s = SLACK * work.step_s(1, speeds) + TPOT_CONSTANT_S
+        """The configured ones, and for those that are unset what the roofline says.
+
+        Any time where no expert was measured: a dense model has none.
+        """
+
+        def unset_ms(num_tokens: int, constant_s: float) -> float:
+            if not speeds.expert_s:
+                return math.inf
+            return 1000 * (SLACK * work.step_s(num_tokens, speeds) + constant_s)
+
+        max_ttft_ms, max_tpot_ms = config.max_ttft_ms, config.max_tpot_ms
         return cls(
-            1000 * ttft_s if config.max_ttft_ms is None else config.max_ttft_ms,
-            1000 * tpot_s if config.max_tpot_ms is None else config.max_tpot_ms,
+            unset_ms(prompt_tokens, TTFT_CONSTANT_S) if max_ttft_ms is None else max_ttft_ms,
+            unset_ms(1, TPOT_CONSTANT_S) if max_tpot_ms is None else max_tpot_ms,
         )
 
     def missed(self, probe: Probe) -> str:

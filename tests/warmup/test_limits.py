@@ -13,8 +13,14 @@ GB = 10**9
 
 def work(**plan) -> Work:
     """Two layers of eight experts of 100 MB."""
-    sizes = {"expert_bytes": GB // 10, "num_experts_total": 16, "num_slots": 16, "num_records": 0}
-    memory = dataclasses.replace(make_model().memory, dense_bytes=GB, **{**sizes, **plan})
+    sizes = {
+        "dense_bytes": GB,
+        "expert_bytes": GB // 10,
+        "num_experts_total": 16,
+        "num_slots": 16,
+        "num_records": 0,
+    }
+    memory = dataclasses.replace(make_model().memory, **{**sizes, **plan})
     return Work(num_layers=2, num_experts=8, num_experts_per_token=2, plan=memory)
 
 
@@ -49,8 +55,12 @@ def test_a_step_computes_what_it_wants_and_reads_what_is_absent():
     assert in_host.step_s(16, copies) == pytest.approx(0.26 + 4 * 0.1 + 4 * 0.01)
 
 
-def test_what_was_not_measured_costs_nothing():
-    assert work(num_slots=8).step_s(16, Speeds()) == 0
+def test_a_dense_model_has_no_limit_unless_the_operator_sets_one():
+    """A step of 14 GB takes a CPU longer than the constants, and no expert says how much longer."""
+    dense = work(dense_bytes=14 * GB, expert_bytes=0, num_experts_total=0, num_slots=0)
+    dense = dataclasses.replace(dense, num_experts=0, num_experts_per_token=0)
+    assert Limits.of(WarmupConfig(), dense, Speeds(), 16) == Limits()
+    assert Limits.of(WarmupConfig(max_tpot_ms=9), dense, Speeds(), 16) == Limits(max_tpot_ms=9)
 
 
 def test_defaults_are_four_times_the_roofline_and_a_constant():

@@ -164,7 +164,7 @@ async def test_limits_in_force_are_told():
         status = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
         startup = status.models[0].startup
         assert startup.max_ttft.ToMilliseconds() == 9000
-        assert startup.max_tpot.ToMilliseconds() == 250, "the fake engine measures nothing"
+        assert not startup.HasField("max_tpot"), "the fake engine measures nothing"
 
 
 async def test_a_stage_whose_request_fails_is_tried_again_by_itself():
