@@ -162,7 +162,8 @@ class WarmUp:
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
         raise type(failure)(
-            f"The {name} failed {self._config.attempts} times; last: {failure.message}.",
+            f"The {name} failed {self._config.attempts} times; last: "
+            f"{failure.message.rstrip('.')}.",
             "Give more memory (see `moe-server plan`), or raise the limit.",
             reason=failure.reason,
         )
@@ -232,7 +233,11 @@ async def _side_by_side(requests: Iterable[Coroutine[None, None, object]]) -> No
 
 
 def _failure(error: grpc.aio.AioRpcError) -> MoeServerError:
-    is_passing = error.code() is grpc.StatusCode.UNAVAILABLE
+    # Also RESOURCE_EXHAUSTED: a proof after a doubt finds requests that run and wait.
+    is_passing = error.code() in (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    )
     return MoeServerError(
         f"a request failed with {error.code().name}: {error.details()}",
         reason=Reason.UNAVAILABLE if is_passing else Reason.UNSUPPORTED,

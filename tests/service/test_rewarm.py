@@ -13,6 +13,7 @@ from moe_server.cli import cli
 from moe_server.proto.moe_server.v1 import admin_pb2
 from moe_server.state import ServerState
 from moe_server.warmup.limits import Limits
+from moe_server.warmup.probe import ProbeShape
 from tests.front_door import eventually, failure, front_door, request
 
 RUN = admin_pb2.RunWarmupRequest
@@ -102,3 +103,11 @@ async def test_the_command(door, monkeypatch):
     result = await asyncio.to_thread(invoke)
     assert result.exit_code == 5
     assert "too slow" in result.output
+
+
+async def test_a_server_that_is_too_busy_for_its_probes_says_that_it_passes(monkeypatch):
+    async with front_door("--refuse-token", "98") as door:
+        monkeypatch.setattr(ProbeShape, "prompt", lambda *_: [98])
+        refused = await failure(door.admin.RunWarmup(RUN()))
+        assert refused.code is grpc.StatusCode.UNAVAILABLE
+        assert "No blocks." in refused.message
