@@ -39,24 +39,25 @@ def record(target: str, out: Path, count: int, model: str, timeout: float) -> No
     are recorded and no words, with "text" the requests themselves. Ctrl-C ends it and keeps what
     has come.
     """
-    if out.exists():
-        raise MoeServerError(f"{out} exists.", "Name a new file.", field="out")
+    try:
+        file = out.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise MoeServerError(f"{out} exists.", "Name a new file.", field="out") from None
+    except OSError as error:
+        raise _unwritable(out, error) from None
     recorded = 0
-    with Client(target) as client:
-        try:
-            with out.open("x", encoding="utf-8") as file:
-                out.chmod(0o600)
-                for line in client.record_requests(model, count, timeout):
-                    file.write(f"{line}\n")
-                    file.flush()
-                    recorded += 1
-        except OSError as error:
-            raise MoeServerError(
-                f"Cannot write {out}: {error.strerror}.", "Name a file that can be written."
-            ) from None
-        finally:
-            if not recorded:
-                out.unlink(missing_ok=True)
+    try:
+        with file, Client(target) as client:
+            out.chmod(0o600)
+            for line in client.record_requests(model, count, timeout):
+                file.write(f"{line}\n")
+                file.flush()
+                recorded += 1
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    finally:
+        if not recorded:
+            out.unlink(missing_ok=True)
     if not recorded:
         raise MoeServerError(
             f"No request came within {timeout:g} s.",
@@ -64,3 +65,9 @@ def record(target: str, out: Path, count: int, model: str, timeout: float) -> No
             reason=Reason.UNAVAILABLE,
         )
     click.echo(f"{recorded} requests in {out}")
+
+
+def _unwritable(out: Path, error: OSError) -> MoeServerError:
+    return MoeServerError(
+        f"Cannot write {out}: {error.strerror}.", "Name a file that can be written.", field="out"
+    )

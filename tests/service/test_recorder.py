@@ -135,3 +135,16 @@ def test_a_target_is_required(arguments):
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 2
     assert "Missing option '--target'" in result.output
+
+
+def test_what_lies_where_the_file_would_be_is_left_alone(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.touch()
+    link.symlink_to(tmp_path / "nowhere" / "file")
+    for out, problem in ((file, "exists"), (link, "exists"), (file / "below", "Not a directory")):
+        command = ["warmup", "record", "--target", "127.0.0.1:1", "--out", str(out)]
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 2
+        assert problem in result.output
+    assert file.exists()
+    assert link.is_symlink()
