@@ -15,11 +15,14 @@ import pytest
 
 from moe_server import preflight
 from moe_server.client import Client, UnreachableError
+from moe_server.commands.serve import _prepare
 from moe_server.config import load_config
 from moe_server.errors import MoeServerError, Reason
 from moe_server.planned_models import plan_models
 from moe_server.proto.moe_server.v1 import admin_pb2 as pb
+from moe_server.proto.moe_server.v1 import generation_pb2
 from moe_server.startup import Startup
+from moe_server.warmup.recorded import to_line
 from moe_server.warmup.stages import PREFLIGHT, StageState
 from tests.front_door import eventually
 
@@ -78,6 +81,18 @@ def test_little_room_for_the_hot_set_is_warned_of(monkeypatch, tmp_path):
     assert warning.startswith("Only 1.00 MiB are free where the hot set")
     assert asked == [tmp_path]
     assert list(preflight.warnings(planned(**{"warmup.hot_set": "off"}))) == []
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("other", True), ("demo", False), ("", False)])
+def test_recorded_requests_of_another_model_are_warned_of(tmp_path, name, is_told):
+    asked = generation_pb2.GenerateStreamRequest(model=name, text="a")
+    file = tmp_path / "requests.jsonl"
+    file.write_text(to_line(generation_pb2.RecordedRequest(request=asked)))
+    startup = Startup("demo")
+    _prepare(load_config(flags={"warmup.requests": str(file)}, environ={}), [startup])
+    [preflight_stage] = startup.stages.stages
+    told = any("this model, 'demo'; they are to 'other'" in one for one in preflight_stage.warnings)
+    assert told is is_told
 
 
 async def test_a_file_is_waited_for_and_the_waiting_is_told(monkeypatch):

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import click
 import structlog
@@ -58,15 +58,18 @@ def _prepare(config: Config, startups: Sequence[Startup]) -> list[ModelSetup]:
     for startup in startups:
         startup.stages.enter(PREFLIGHT)
     planned = preflight.check(config)
+    setups = []
     for model, startup in zip(planned, startups, strict=True):
         names = {"model": model.name} if len(planned) > 1 else {}
         for what, amount in model.plan.table():
             log.info("plan", what=what.strip(), amount=amount, **names)
-        warnings = list(preflight.warnings(model))
+        setup = _setup(model)
+        setups.append(setup)
+        warnings = [*preflight.warnings(model), *_unsent(setup)]
         startup.stages.warn(warnings)
         for warning in warnings:
             log.warning("preflight", found=warning, **names)
-    return [_setup(model) for model in planned]
+    return setups
 
 
 def _setup(planned: PlannedModel) -> ModelSetup:
@@ -82,6 +85,17 @@ def _setup(planned: PlannedModel) -> ModelSetup:
         hot_set=HotSetKeeper(checkpoint, setting) if has_hot_set else None,
         requests=read_requests(config.warmup.requests) if config.warmup.requests else (),
     )
+
+
+def _unsent(setup: ModelSetup) -> Iterator[str]:
+    """Recorded requests that bring this model nothing."""
+    names = {recorded.request.model for recorded in setup.requests}
+    if names and not names & {"", setup.model.name}:
+        yield (
+            f"None of the {len(setup.requests)} requests in {setup.config.warmup.requests} is to "
+            f"this model, {setup.model.name!r}; they are to {', '.join(map(repr, sorted(names)))}: "
+            "name it there, or record them anew."
+        )
 
 
 async def _run(
