@@ -26,7 +26,7 @@ class ServerState(Enum):
     DRAINING = "draining"
     """Accepted requests finish, new ones are refused."""
     FAILED = "failed"
-    """Cannot serve and will not try again by itself."""
+    """Cannot serve: the proof failed, which is tried again, or what does not pass by itself."""
 
 
 LEAST_READY_FIRST = (

@@ -136,7 +136,7 @@ class Supervisor:
 
     @property
     def is_on_watch(self) -> bool:
-        """Whether an engine is started, read and judged here; once FAILED there is none to be."""
+        """Whether an engine is started, read and judged here; FAILED for good, none is."""
         is_running = self._task is not None and not self._task.done()
         return is_running or self._phase is ServerState.FAILED
 

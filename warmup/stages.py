@@ -35,7 +35,7 @@ class StageState(Enum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
-    """It will be tried again, unless the model is FAILED."""
+    """It will be tried again, unless the model is FAILED for good."""
 
 
 @dataclass(slots=True)
