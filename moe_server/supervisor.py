@@ -176,11 +176,10 @@ class Supervisor:
         Raises:
             MoeServerError: UNAVAILABLE in any state but READY, EXHAUSTED where no place is free.
         """
-        is_proving = self._link is not None and self._phase in (
-            ServerState.WARMING,
-            ServerState.FAILED,
-        )
-        is_open = self.state is ServerState.READY or (is_probe and is_proving)
+        is_proving = self._phase in (ServerState.WARMING, ServerState.FAILED)
+        # Who shuts down waits for requests, not for a proof that nobody needs any more.
+        can_prove = is_proving and self._link is not None and not self._is_ending
+        is_open = self.state is ServerState.READY or (is_probe and can_prove)
         if not is_open:
             raise MoeServerError(
                 f"Model {self._config.served_name!r} is {self.state.value}."

@@ -365,6 +365,17 @@ async def test_drain_hides_readiness_until_undrain():
         assert supervisor.state is ServerState.READY
 
 
+async def test_a_proof_goes_on_in_a_drain_and_not_in_a_shutdown():
+    async with supervised(prove=asyncio.Event().wait) as supervisor:
+        await reach(supervisor, ServerState.WARMING)
+        await supervisor.drain()
+        with supervisor.admit(is_probe=True):
+            pass
+        await supervisor.drain(for_good=True)
+        with pytest.raises(MoeServerError, match="draining"), supervisor.admit(is_probe=True):
+            pass
+
+
 async def test_a_stopped_engine_is_noticed_by_its_pulse_whatever_a_step_may_take():
     patience = replace(PATIENCE, idle_s=1000.0, busy_s=1000.0, pulse_s=1.0)
     async with supervised("--pulse", patience=patience) as supervisor:
