@@ -337,6 +337,36 @@ async def test_a_failed_proof_is_no_reason_any_more_when_its_engine_is_lost():
             assert supervisor.startup.reason == ""
 
 
+async def test_a_doubt_is_proven_away_whatever_else_goes_on():
+    proofs = 0
+
+    async def prove() -> None:
+        nonlocal proofs
+        proofs += 1
+        if proofs == 2:
+            raise MoeServerError("It cannot be read.", reason=Reason.UNAVAILABLE)
+
+    async with supervised(prove=prove) as supervisor:
+        await reach(supervisor, ServerState.READY)
+        with supervisor.startup.feed.watch() as watcher, supervisor.admit() as request:
+            assert await watcher.next() is ServerState.READY
+            supervisor._doubt.set()
+            assert await watcher.next() is ServerState.WARMING
+            with pytest.raises(MoeServerError, match="warming"), supervisor.admit():
+                pass
+            # Who was let in before is served.
+            supervisor.submit(request, Submit(request.request_id, [5], 2, []))
+            assert [event.token_id async for batch in request for event in batch] == [6, 7]
+            assert await watcher.next() is ServerState.READY
+        assert proofs == 3
+        await supervisor.drain()
+        supervisor._doubt.set()
+        await eventually(lambda: proofs == 4 and supervisor.phase is ServerState.READY)
+        assert supervisor.state is ServerState.DRAINING
+        supervisor.undrain()
+        assert supervisor.state is ServerState.READY
+
+
 async def test_a_crash_while_proving_proves_again():
     lives = 0
     supervisor_ready: list[Supervisor] = []
