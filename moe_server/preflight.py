@@ -9,7 +9,9 @@ import asyncio
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
@@ -129,7 +131,7 @@ async def wait(prepare: Callable[[], T], startups: Sequence[Startup], lacking: M
     """Tries again, with backoff, until `prepare` returns.
 
     Args:
-        prepare: The preflight, run on a thread.
+        prepare: The preflight, run on a thread of its own.
         startups: Where it is told what is waited for.
         lacking: What the first try failed of.
 
@@ -145,8 +147,23 @@ async def wait(prepare: Callable[[], T], startups: Sequence[Startup], lacking: M
         await asyncio.sleep(backoff_s)
         backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
         try:
-            return await asyncio.to_thread(prepare)
+            return await asyncio.wrap_future(_on_a_thread(prepare))
         except MoeServerError as error:
             if error.reason is not Reason.UNAVAILABLE:
                 raise
             lacking = error
+
+
+def _on_a_thread(work: Callable[[], T]) -> "Future[T]":
+    """Begins `work`; a process that ends does not wait for it: a volume can hang."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001  whoever awaits the future gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="preflight", daemon=True).start()
+    return future

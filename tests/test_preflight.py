@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import resource
 import shutil
 import signal
@@ -168,6 +169,29 @@ async def test_serve_answers_while_a_shard_is_missing_and_serves_when_it_came(in
     finally:
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 30) == 0
+        process.stderr.close()
+
+
+async def test_serve_can_be_ended_while_the_volume_hangs(incomplete):
+    address = f"unix:{incomplete.parent / 'socket'}"
+    process = serve(incomplete, "--listen", address)
+    try:
+        with Client(address) as client:
+
+            def state() -> int | None:
+                try:
+                    return client.status().models[0].startup.stages[0].state
+                except UnreachableError:
+                    return None
+
+            await eventually(lambda: state() == pb.STAGE_STATE_FAILED)
+            os.mkfifo(incomplete / "model.safetensors")  # Nobody writes: opening it never returns.
+            await eventually(lambda: state() == pb.STAGE_STATE_RUNNING)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 30) == 0
+    finally:
+        process.kill()
+        process.wait()
         process.stderr.close()
 
 
