@@ -19,7 +19,7 @@ POLL_S = 0.25
 
 
 class NotReadyError(MoeServerError):
-    """The server did not become ready in time, or said that it never will."""
+    """The server did not become ready in time, or FAILED: nobody waits for its next try."""
 
 
 def state_name(state: pb.ServerState) -> str:

@@ -77,7 +77,8 @@ class Recorder:
         copy.model = self._name
         if self._recording == "text":
             return generation_pb2.RecordedRequest(request=copy)
-        # A field that is added later is left out as well, until somebody has thought about it.
+        # A field that is added to requests later is left out as well, until somebody has thought
+        # about it; `sampling` has numbers only, and is to keep to them.
         shape = generation_pb2.GenerateStreamRequest(
             model=copy.model, sampling=copy.sampling, priority=copy.priority
         )

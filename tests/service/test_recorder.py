@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 from click.testing import CliRunner
+from google.protobuf.descriptor import FieldDescriptor
 
 from moe_server.cli import cli
 from moe_server.config import WarmupConfig
@@ -60,6 +61,11 @@ async def test_shapes_have_lengths_and_no_words(tmp_path):
             assert recorded.request.sampling.seed == number
             assert recorded.request.stopping.max_new_tokens == 3
             assert recorded.request.model == "demo"
+
+
+def test_sampling_has_no_place_for_words():
+    kinds = {field.cpp_type for field in pb.Sampling.DESCRIPTOR.fields}
+    assert not kinds & {FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE}
 
 
 async def test_text_is_recorded_where_the_configuration_says_so_and_sent_again(tmp_path):
