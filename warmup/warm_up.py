@@ -52,7 +52,7 @@ class FirstRequests:
     as_people_send_it: generation_pb2.GenerateStreamRequest | None
     """Beside them."""
     recorded: Sequence[generation_pb2.GenerateStreamRequest] = ()
-    """After them, so many at a time as there are shapes; one by one where that fails."""
+    """After them, so many at a time as there are shapes."""
 
 
 class WarmUp:
@@ -121,9 +121,7 @@ class WarmUp:
             if not self._was_proven:
                 await self._stage(SHAPES, lambda _: self._send_shapes(channel))
                 if self._first.recorded:
-                    await self._stage(
-                        RECORDED, lambda attempt: self._send_recorded(channel, attempt)
-                    )
+                    await self._stage(RECORDED, lambda _: self._send_recorded(channel))
             try:
                 # After a restart a short round comes first, which counts only if it succeeds.
                 first = 0 if self._was_proven else 1
@@ -180,11 +178,8 @@ class WarmUp:
         self._stages.doing = f"{len(requests)} requests side by side"
         await _side_by_side(requests)
 
-    async def _send_recorded(self, channel: grpc.aio.Channel, attempt: int) -> None:
-        # Long ones on a slow machine are refused for their wait (scheduler.max_wait_s). Who is sent
-        # alone never waits.
-        at_once = len(self._first.shapes) if attempt == 1 else 1
-        recorded, places = self._first.recorded, asyncio.Semaphore(at_once)
+    async def _send_recorded(self, channel: grpc.aio.Channel) -> None:
+        recorded, places = self._first.recorded, asyncio.Semaphore(len(self._first.shapes))
         num_sent = 0
 
         async def send(request: generation_pb2.GenerateStreamRequest) -> None:

@@ -7,13 +7,13 @@ import grpc
 import pytest
 
 from moe_server.config import Config, WarmupConfig
-from moe_server.errors import MoeServerError, Reason
+from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import admin_pb2, generation_pb2
 from moe_server.state import ServerState
 from moe_server.warmup import warm_up
 from moe_server.warmup.ladder import ladder, longest_prompt
 from moe_server.warmup.limits import Limits
-from moe_server.warmup.probe import Probe, ProbeShape
+from moe_server.warmup.probe import ProbeShape
 from moe_server.warmup.stages import StageLog
 from tests.front_door import (
     ANY_TIME,
@@ -217,32 +217,6 @@ async def test_a_shape_that_fails_ends_the_others_before_they_are_sent_again(mon
     with pytest.raises(MoeServerError, match="The request shapes failed 3 times"):
         await one.prove(Limits())
     assert most <= 2
-
-
-async def test_recorded_requests_that_are_in_one_anothers_way_are_sent_one_by_one(monkeypatch):
-    running = 0
-
-    async def send(*_) -> None:
-        nonlocal running
-        running += 1
-        try:
-            await asyncio.sleep(0)
-            if running > 1:
-                raise MoeServerError("It waited for too long.", reason=Reason.EXHAUSTED)
-        finally:
-            running -= 1
-
-    async def probed(*_) -> Probe:
-        return Probe(1, 2, 0.0, 0.0)
-
-    monkeypatch.setattr(warm_up.WarmUp, "_send", send)
-    monkeypatch.setattr(warm_up, "send_probe", probed)
-    probe = ProbeShape("m", vocab_size=9, prompt_tokens=1, new_tokens=2, max_request_tokens=9)
-    recorded = [generation_pb2.GenerateStreamRequest()] * 5
-    first = warm_up.FirstRequests([probe] * 3, None, recorded)
-    one = warm_up.WarmUp(WarmupConfig(attempts=2), probe, first, "unix:none", (), StageLog())
-    await one.prove(Limits())
-    assert len(one.probes) == 3
 
 
 async def warnings_of_text(**model) -> list[str]:
