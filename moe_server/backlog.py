@@ -104,7 +104,7 @@ class Backlog:
         queue_s = self.seconds_of(sum(len(sequence.token_ids) for sequence in waiting))
         in_front = 0
         for sequence in waiting:
-            if sequence.cached_tokens is None and not sequence.request.continues:
+            if sequence.cached_tokens is None and not sequence.request.is_patient:
                 limit_s = self._limit_s(sequence)
                 waited_s, in_front_s = now - sequence.arrived, self.seconds_of(in_front)
                 if waited_s >= limit_s or waited_s + in_front_s > limit_s:

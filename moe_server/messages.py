@@ -155,8 +155,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """Higher goes first; see `scheduler.priority_s`."""
     fewest_new_tokens: int = 1
     """It cannot be complete with fewer: max_new_tokens where nothing may end it before."""
-    continues: bool = False
-    """It belongs to a call that has sent others before, and is not refused for its wait."""
+    is_patient: bool = False
+    """Not refused for its wait: it follows others of the same call, or is the warm-up's."""
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):

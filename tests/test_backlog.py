@@ -58,7 +58,7 @@ def test_nobody_waits_for_too_long_and_who_comes_later_counts_nothing(seed):
                 [],
                 deadline=now + choose.choice([1e9, choose.uniform(0.1, 9.0)]),
                 priority=choose.randint(-2, 2),
-                continues=choose.random() < 0.1,
+                is_patient=choose.random() < 0.1,
             )
             scheduler.add(Sequence.of(request, now))
         started = scheduler.counters.started_tokens
@@ -75,7 +75,7 @@ def test_nobody_waits_for_too_long_and_who_comes_later_counts_nothing(seed):
         for verdict in verdicts:
             sequence, request = verdict.sequence, verdict.sequence.request
             assert sequence.cached_tokens is None
-            assert not request.continues
+            assert not request.is_patient
             assert verdict.limit_s <= request.deadline - sequence.arrived
             # Whoever is behind it can be taken away: it would be refused all the same.
             before = deepcopy(scheduler)
@@ -90,7 +90,7 @@ def test_nobody_waits_for_too_long_and_who_comes_later_counts_nothing(seed):
             scheduler.remove(verdict.sequence.request.request_id)
         refused += len(verdicts)
         for sequence in scheduler.waiting:
-            if sequence.cached_tokens is None and not sequence.request.continues:
+            if sequence.cached_tokens is None and not sequence.request.is_patient:
                 assert now - sequence.arrived < patience_s
 
         waited = bool(scheduler.waiting) or bool(verdicts)
@@ -147,7 +147,7 @@ def test_what_is_foreseen_is_what_comes():
 
 def test_who_comes_is_refused_at_once_and_a_higher_priority_is_not():
     scheduler, backlog = make_scheduler(), Backlog(MAX_WAIT_S)
-    fill(scheduler, 60, 0.0, continues=True)
+    fill(scheduler, 60, 0.0, is_patient=True)
     now = run(scheduler, backlog, 0.0, 22)
     fill(scheduler, 1, now, first_id=100)
     # Worth three seconds: nobody is in front.
@@ -159,7 +159,7 @@ def test_who_comes_is_refused_at_once_and_a_higher_priority_is_not():
 
 def test_nothing_is_foreseen_long_after_the_last_one_waited():
     scheduler, backlog = make_scheduler(), Backlog(MAX_WAIT_S)
-    fill(scheduler, 60, 0.0, continues=True)
+    fill(scheduler, 60, 0.0, is_patient=True)
     now = run(scheduler, backlog, 0.0, 60)
     backlog.observe(scheduler, now + 10 * MEMORY_S)
     assert backlog.seconds_of(64) == 0.0

@@ -283,7 +283,7 @@ def test_who_waits_for_too_long_is_refused_before_it_takes_a_step(path, monkeypa
         submit(engine, 0, new_tokens=20)
         for request_id in (1, 2):
             submit(engine, request_id, new_tokens=1)
-        engine.submit(Submit(3, PROMPT, 1, [], continues=True))
+        engine.submit(Submit(3, PROMPT, 1, [], is_patient=True))
         failed = []
         while not failed:
             failed = engine.step().failed

@@ -88,7 +88,7 @@ class WarmUp:
         """Every probe of this life, in order; READY rests on the last ones."""
         self.degraded = ""
         """READY all the same: what the proof missed. Otherwise empty."""
-        self._was_proven = False
+        self._has_sent_first = self._was_proven = False
         self._seeds = count()
         """They go on from round to round and from life to life: a prompt seen before would find its
         experts in memory."""
@@ -109,23 +109,32 @@ class WarmUp:
                 except grpc.aio.AioRpcError as error:
                     raise _failure(error) from None
 
-    async def prove(self, limits: Limits) -> None:
+    async def prove(self, limits: Limits, *, is_alone: bool = True) -> None:
         """Returns when every probe of a round kept the limits, or when that is not insisted on.
+
+        Args:
+            limits: What a probe may take.
+            is_alone: Whether no other requests run. Beside them a probe's time says nothing about
+                the machine: it is enough then that it succeeds.
 
         Raises:
             MoeServerError: No round did; the message says what was missed and by how much.
                 UNAVAILABLE where the last one failed for a cause that can pass.
         """
         self.limits, self.probes, self.degraded = limits, [], ""
+        judged = limits if is_alone else Limits()
         async with self._channel() as channel:
-            if not self._was_proven:
+            if not self._has_sent_first:
                 await self._stage(SHAPES, lambda _: self._send_shapes(channel))
                 if self._first.recorded:
                     await self._stage(RECORDED, lambda _: self._send_recorded(channel))
+                self._has_sent_first = True
             try:
                 # After a restart a short round comes first, which counts only if it succeeds.
                 first = 0 if self._was_proven else 1
-                await self._stage(PROOF, lambda attempt: self._round(channel, attempt), first)
+                await self._stage(
+                    PROOF, lambda attempt: self._round(channel, attempt, judged), first
+                )
             except LimitsMissedError as error:
                 if self._config.if_missed == "fail":
                     raise
@@ -207,14 +216,14 @@ class WarmUp:
             self._stages.warn([warning])
             log.warning("warm-up", found=warning)
 
-    async def _round(self, channel: grpc.aio.Channel, attempt: int) -> None:
+    async def _round(self, channel: grpc.aio.Channel, attempt: int, limits: Limits) -> None:
         num_probes = self._config.probes if attempt else 1
         for index in range(1, num_probes + 1):
             self._stages.doing = f"round {attempt}: probe {index} of {num_probes}"
             probe = await send_probe(channel, self._shape, next(self._seeds), self._metadata)
             self.probes.append(probe)
             log.info("probe", attempt=attempt, index=index, ttft_ms=round(1000 * probe.ttft_s, 2))
-            missed = self.limits.missed(probe)
+            missed = limits.missed(probe)
             if missed:
                 raise LimitsMissedError(
                     f"probe {index} of {num_probes}: {missed}", reason=Reason.UNSUPPORTED

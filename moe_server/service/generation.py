@@ -158,7 +158,13 @@ class _Completion:
         samples = [first, *(self._take_place(places) for _ in range(1, options.num_samples))]
         submits = [
             validation.build_submit(
-                sample.request.request_id, prompt, options, model, deadline, index
+                sample.request.request_id,
+                prompt,
+                options,
+                model,
+                deadline,
+                index,
+                is_patient=self._recorder is None,
             )
             for index, sample in enumerate(samples)
         ]

@@ -157,4 +157,5 @@ class Registry:
         others = (other.supervisor.tried for other in self if other is not running)
         await asyncio.gather(*(tried.wait() for tried in others))
         async with self._turn:
-            await running.warm_up.prove(running.limits(loaded))
+            is_alone = running.supervisor.num_open_requests == 0
+            await running.warm_up.prove(running.limits(loaded), is_alone=is_alone)

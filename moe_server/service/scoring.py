@@ -169,7 +169,7 @@ class _Call:
                 targets=targets,
                 deadline=deadline,
                 priority=self._priority,
-                continues=own_place is not place,
+                is_patient=own_place is not place,
             )
             event = await self._last_event(own_place, submit)
             self.usage.completion_tokens += len(targets)

@@ -83,6 +83,8 @@ def build_submit(
     model: ServedModel,
     deadline: float | None,
     sample_index: int = 0,
+    *,
+    is_patient: bool = False,
 ) -> Submit:
     """Fits a completion beside the prompt.
 
@@ -114,7 +116,7 @@ def build_submit(
         deadline=deadline,
         priority=options.priority,
         fewest_new_tokens=1 if may_end_early else max_new_tokens,
-        continues=sample_index > 0,
+        is_patient=is_patient or sample_index > 0,
     )
 
 

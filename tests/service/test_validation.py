@@ -166,7 +166,7 @@ async def test_absent_sampling_is_greedy_and_values_are_resolved():
     assert options.logprobs == 3
     assert check_options(make([1], logprobs=True), model).logprobs == 0
     of_one_call = [build_submit(n, [1], options, model, None, n) for n in (0, 1)]
-    assert [submit.continues for submit in of_one_call] == [False, True]
+    assert [submit.is_patient for submit in of_one_call] == [False, True]
     urgent = check_options(make([1], priority=10), model)
     assert build_submit(1, [1], urgent, model, deadline=None).priority == 10
 
