@@ -23,7 +23,7 @@ from moe_server.weights import Weights
 class UnfilledWeights(Weights):
     """Weights whose places for experts are empty at first."""
 
-    def fill(self) -> None:
+    def fill(self, spare_slots: int = 0) -> None:
         """Reads nothing ahead of the first request."""
 
 
