@@ -31,7 +31,7 @@ def read_requests(file: Path) -> list[generation_pb2.RecordedRequest]:
     """All requests of a file.
 
     Raises:
-        MoeServerError: It cannot be read, is too large, or a line is no request; says which.
+        MoeServerError: It cannot be read, has none or too many, or a line is none; says which.
     """
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
@@ -53,6 +53,8 @@ def read_requests(file: Path) -> list[generation_pb2.RecordedRequest]:
         if has_prompt == recorded.HasField("random_prompt"):
             raise _unusable(file, f"line {number} must have one of prompt and random_prompt")
         requests.append(recorded)
+    if not requests:
+        raise _unusable(file, "it has no requests")
     if len(requests) > MAX_REQUESTS:
         raise _unusable(file, f"it has {len(requests)} requests, at most {MAX_REQUESTS} are sent")
     return requests
@@ -60,7 +62,7 @@ def read_requests(file: Path) -> list[generation_pb2.RecordedRequest]:
 
 def _unusable(file: Path, problem: str) -> MoeServerError:
     return MoeServerError(
-        f"warmup.requests = {str(file)!r} is not usable: {problem}.",
+        f"warmup.requests = {str(file)!r} is not usable: {problem.rstrip('.')}.",
         "Record it anew: moe-server warmup record --help.",
         reason=Reason.INVALID,
         field="warmup.requests",

@@ -42,6 +42,7 @@ def test_each_model_gets_its_own_and_lengths_are_cut():
         (b'{"request": {"model": "demo"}}', "one of prompt and random_prompt"),
         (b'{"request": {"text": "a"}, "random_prompt": {"tokens": 1}}', "one of prompt and"),
         (b"\xff", "utf-8"),
+        (b"\n", "it has no requests"),
         (b"\n".join([to_line(redacted(1)).encode()] * 1001), "1001 requests"),
     ],
 )
@@ -51,6 +52,7 @@ def test_a_file_that_is_none_is_refused_with_the_line(tmp_path, content, problem
     with pytest.raises(MoeServerError, match=problem) as caught:
         read_requests(file)
     assert caught.value.field == "warmup.requests"
+    assert ".." not in caught.value.message
 
 
 def test_a_file_that_is_not_there(tmp_path):
