@@ -408,6 +408,14 @@ async def test_warmup_exits_with_4_when_not_ready_in_time(tmp_path):
         assert (await asyncio.wait_for(waiting, WAIT_S)).exit_code == 0
 
 
+async def test_warmup_of_a_drained_server_says_how_that_ends(door):
+    assert (await against(door, "drain")).exit_code == 0
+    result = await against(door, "warmup", "--timeout", "0.1")
+    assert result.exit_code == cli.EXIT_NOT_READY
+    assert "still draining" in result.stderr
+    assert "moe-server undrain" in result.stderr
+
+
 async def test_warmup_exits_with_4_at_once_when_the_server_failed(tmp_path):
     report = tmp_path / "report.json"
     async with front_door("--fatal", "final", until=ServerState.FAILED) as door:

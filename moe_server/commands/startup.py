@@ -61,9 +61,12 @@ def wait_ready(client: Client, timeout_s: float) -> pb.GetServerStatusResponse:
                     raise unreachable
                 state = state_name(status.state) if status is not None else "unreachable"
                 stage = f" ({least_ready(status).startup.stage})" if status is not None else ""
+                remedy = "Wait longer with --timeout; `moe-server status` says how far it is."
+                if status is not None and status.state == pb.SERVER_STATE_DRAINING:
+                    remedy = "`moe-server undrain`, if nobody meant it: it does not end by itself."
                 raise NotReadyError(
                     f"The server was still {state}{stage} after {timeout_s:g} s.",
-                    "Wait longer with --timeout; `moe-server status` says how far it is.",
+                    remedy,
                     reason=Reason.UNAVAILABLE,
                 )
             time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
