@@ -139,7 +139,8 @@ class WarmUp:
                 if self._config.if_missed == "fail":
                     raise
                 self.degraded = error.message
-                log.warning("ready, but slower than its limits", missed=error.message)
+                self._stages.doing = "ready, but slower than its limits"
+                log.warning(self._stages.doing, missed=error.message)
                 return
         self._was_proven = True
 
@@ -170,9 +171,10 @@ class WarmUp:
                 self._stages.doing = f"{name} again in {backoff_s:g} s: {failure.message}"
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
+        attempts = self._config.attempts
+        times = "once" if attempts == 1 else f"{attempts} times"
         raise type(failure)(
-            f"The {name} failed {self._config.attempts} times; last: "
-            f"{failure.message.rstrip('.')}.",
+            f"The {name} failed {times}; last: {failure.message.rstrip('.')}.",
             "Give more memory (see `moe-server plan`), or raise the limit.",
             reason=failure.reason,
         )

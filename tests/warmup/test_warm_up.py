@@ -149,11 +149,12 @@ async def test_a_failed_proof_is_tried_again_and_becomes_ready_when_the_cause_ha
 
 
 async def test_a_missed_limit_may_be_served_with_and_is_told(monkeypatch):
-    monkeypatch.setattr(Limits, "missed", misses("too slow", "too slow"))
-    async with front_door(config=warmup(if_missed="serve")) as door:
+    monkeypatch.setattr(Limits, "missed", misses("too slow"))
+    async with front_door(config=warmup(if_missed="serve", attempts=1)) as door:
         status = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
         [model] = status.models
-        assert "too slow" in model.startup.degraded
+        assert model.startup.degraded == "The proof failed once; last: probe 1 of 2: too slow."
+        assert model.startup.stage == "ready, but slower than its limits"
         assert model.startup.stages[-1].state == admin_pb2.STAGE_STATE_FAILED
         assert not model.startup.HasField("max_ttft"), "any time"
         async for _ in door.generation.GenerateStream(request([1])):
