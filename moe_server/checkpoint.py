@@ -540,11 +540,16 @@ def _read_headers(path: Path) -> dict[str, TensorLocation]:
     elif (path / SINGLE_FILE).exists():
         files = [SINGLE_FILE]
     else:
+        message = f"{path} holds neither {INDEX_FILE} nor {SINGLE_FILE}."
+        if any(path.glob("*.bin")):
+            raise MoeServerError(
+                message,
+                "Only safetensors checkpoints are served; convert .bin files with transformers.",
+                reason=Reason.NOT_FOUND,
+                field="model",
+            )
         raise MoeServerError(
-            f"{path} holds neither {INDEX_FILE} nor {SINGLE_FILE}.",
-            "Only safetensors checkpoints are served; convert .bin files with transformers.",
-            reason=Reason.NOT_FOUND,
-            field="model",
+            message, "Complete the download.", reason=Reason.UNAVAILABLE, field="model"
         )
     tensors: dict[str, TensorLocation] = {}
     for name in files:

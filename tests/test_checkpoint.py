@@ -203,7 +203,9 @@ def test_sizes_that_config_leaves_out_are_those_of_mixtral(single):
 def test_missing_directories_and_files(single):
     assert refusal(single / "nowhere", single / "nowhere").reason is Reason.NOT_FOUND
     (single / SINGLE_FILE).unlink()
-    assert refusal(single, single, SINGLE_FILE).reason is Reason.NOT_FOUND
+    assert refusal(single, single, SINGLE_FILE).reason is Reason.UNAVAILABLE, "may be on its way"
+    (single / "pytorch_model.bin").touch()
+    assert "convert" in refusal(single, single, SINGLE_FILE).remedy
     (single / "config.json").unlink()
     assert refusal(single, single / "config.json").reason is Reason.NOT_FOUND
 
