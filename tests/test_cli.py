@@ -309,6 +309,8 @@ async def test_status_drain_undrain(door):
     status = json.loads((await against(door, "status", "--json")).stdout)
     assert status["state"] == "SERVER_STATE_READY"
     assert int(status["memory"]["device_budget_bytes"]) > 0
+    told = await against(door, "drain")
+    assert told.stdout == "draining; requests still running: 0\n"
     drained = await against(door, "drain", "--wait", "1", "--json")
     assert json.loads(drained.stdout) == {"remaining_requests": 0}
     refused = await against(door, "generate", "a")

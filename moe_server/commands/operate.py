@@ -50,7 +50,7 @@ def drain(target: str, wait: float, *, as_json: bool) -> None:
     click.echo(
         json.dumps({"remaining_requests": remaining})
         if as_json
-        else f"draining; {remaining} requests still running"
+        else f"draining; requests still running: {remaining}"
     )
 
 

@@ -56,7 +56,9 @@ def record(target: str, out: Path, count: int, model: str, timeout: float) -> No
     except OSError as error:
         raise _unwritable(out, error) from None
     finally:
-        if not recorded:
+        if recorded:
+            click.echo(f"recorded {recorded} of {count} requests: {out}")
+        else:
             out.unlink(missing_ok=True)
     if not recorded:
         raise MoeServerError(
@@ -64,7 +66,6 @@ def record(target: str, out: Path, count: int, model: str, timeout: float) -> No
             "Record while there is traffic.",
             reason=Reason.UNAVAILABLE,
         )
-    click.echo(f"{recorded} requests in {out}")
 
 
 def _unwritable(out: Path, error: OSError) -> MoeServerError:

@@ -2,12 +2,14 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 from click.testing import CliRunner
 from google.protobuf.descriptor import FieldDescriptor
 
 from moe_server.cli import cli
+from moe_server.client import Client
 from moe_server.config import WarmupConfig
 from moe_server.proto.moe_server.v1 import admin_pb2
 from moe_server.proto.moe_server.v1 import generation_pb2 as pb
@@ -51,7 +53,7 @@ async def test_shapes_have_lengths_and_no_words(tmp_path):
     async with front_door(config=config("shapes")) as door:
         result, out = await record(door, tmp_path, 2, sends=3)
         assert result.exit_code == 0, result.output
-        assert "2 requests in" in result.output
+        assert f"recorded 2 of 2 requests: {out}" in result.output
         content = out.read_text()
         assert "secret" not in content
         assert "word" not in content
@@ -116,6 +118,19 @@ async def test_what_came_in_time_is_kept_and_nothing_at_all_is_an_error(tmp_path
         assert result.exit_code == 2
         assert "exists" in result.output
         assert len(read_requests(out)) == 1
+
+
+def test_an_interrupt_tells_what_is_kept(tmp_path, monkeypatch):
+    def record_requests(*_) -> Iterator[str]:
+        yield "{}"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Client, "record_requests", record_requests)
+    out = tmp_path / "requests.jsonl"
+    result = CliRunner().invoke(cli, ["warmup", "record", "--target", "unix:no", "--out", str(out)])
+    assert result.exit_code == 130
+    assert f"recorded 1 of 50 requests: {out}" in result.output
+    assert out.read_text() == "{}\n"
 
 
 async def test_the_call_itself_is_checked():
