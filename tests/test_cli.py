@@ -405,6 +405,10 @@ async def test_warmup_exits_with_4_when_not_ready_in_time(tmp_path):
         result = await against(door, "warmup", "--timeout", "0.1")
         assert result.exit_code == cli.EXIT_NOT_READY
         assert "still loading (weights) after 0.1 s" in result.stderr
+        limits = [
+            line for line in (await against(door, "status")).stdout.splitlines() if "limits" in line
+        ]
+        assert limits[0].split()[-1] == "-", "not 'any time': they are not known yet"
         waiting = asyncio.create_task(against(door, "warmup"))
         await asyncio.to_thread(gate.write_bytes, b"go")
         assert (await asyncio.wait_for(waiting, WAIT_S)).exit_code == 0

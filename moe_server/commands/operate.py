@@ -75,7 +75,10 @@ def _rows(response: pb.GetServerStatusResponse) -> list[tuple[str, str]]:
     return rows
 
 
-def _limits(startup: pb.Startup) -> str:
+def _limits(model: pb.ModelStatus) -> str:
+    if model.state in (pb.SERVER_STATE_STARTING, pb.SERVER_STATE_LOADING):
+        return "-"  # what they follow from is not measured yet
+    startup = model.startup
     limits = (
         ("first token", "max_ttft", startup.max_ttft),
         ("each further", "max_tpot", startup.max_tpot),
@@ -114,7 +117,7 @@ def _model_rows(model: pb.ModelStatus) -> list[tuple[str, str]]:
         ("model", f"{model.name}  {state_name(model.state)}"),
         ("startup", model.startup.stage),
         *([("degraded", model.startup.degraded)] if model.startup.degraded else ()),
-        ("limits of probes", _limits(model.startup)),
+        ("limits of probes", _limits(model)),
         *(row for stage in model.startup.stages for row in _stage_rows(stage)),
         ("engine restarts", str(model.engine_restarts)),
         ("requests", f"{load.running_requests} running, {load.waiting_requests} waiting"),
