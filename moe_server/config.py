@@ -387,7 +387,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         content = readers[path.suffix](path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoeServerError(
-            f"Cannot read {path}: {error.strerror}.", reason=Reason.NOT_FOUND
+            f"Cannot read {path}: {error.strerror}.",
+            "Give --config a file that can be read.",
+            reason=Reason.NOT_FOUND,
         ) from None
     except (ValueError, yaml.YAMLError) as error:
         raise MoeServerError(f"{path} does not parse: {error}.") from None

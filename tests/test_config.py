@@ -163,6 +163,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(MoeServerError) as caught:
         load_config(tmp_path / "absent.toml", environ={})
     assert caught.value.reason is Reason.NOT_FOUND
+    assert "--config" in caught.value.remedy
     for name, text in (("a.toml", "x ="), ("b.json", "[1]"), ("c.ini", "")):
         file = tmp_path / name
         file.write_text(text)
