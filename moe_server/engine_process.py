@@ -71,7 +71,9 @@ class Outbox:
 
 def main() -> None:
     """Runs the process until it is told to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C, systemd and `timeout` send them to all processes; the supervisor says when to end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     memory, pulse, supervisor = map(int, sys.argv[2:])
     _die_with(supervisor)
     # Read by OpenMP when torch is imported. Threads that spin at a barrier wait for one that has
