@@ -303,6 +303,8 @@ class Supervisor:
                 await asyncio.to_thread(os.ftruncate, memory, 0)
             self._stages.fail(loss.message)
             log.error("engine lost", message=loss.message, remedy=loss.remedy, retry=loss.retry)
+            if self._is_ending:
+                return  # Its requests have failed, and nobody needs another engine.
             if not loss.retry:
                 self.startup.reason = f"{loss.message} {loss.remedy}".strip()
                 self._enter(ServerState.FAILED)

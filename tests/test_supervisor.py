@@ -548,3 +548,13 @@ async def test_a_drain_does_not_wait_for_ever_for_a_hung_engine():
                 await supervisor.drain()
         assert "busy" in logs[-1]["event"]
         assert len(notebook.kept) == 1
+
+
+async def test_an_engine_that_is_lost_in_a_shutdown_is_not_started_again():
+    async with supervised() as supervisor:
+        await reach(supervisor, ServerState.READY)
+        await supervisor.drain(for_good=True)
+        os.kill(supervisor.engine_pid, signal.SIGKILL)
+        await asyncio.wait_for(asyncio.shield(supervisor._task), WAIT_S)
+        assert supervisor.engine_pid is None
+        assert supervisor.num_restarts == 0

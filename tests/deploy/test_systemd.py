@@ -23,8 +23,8 @@ SECONDS = {"s": 1, "min": 60, "h": 3600}
 KNOWN = {
     "Unit": """Description Wants After RequiresMountsFor StartLimitIntervalSec StartLimitBurst""",
     "Service": """
-        Type NotifyAccess ExecStart TimeoutStartSec WatchdogSec TimeoutStopSec Restart RestartSec
-        OOMPolicy LimitMEMLOCK LimitNOFILE MemorySwapMax DynamicUser StateDirectory
+        Type NotifyAccess ExecStart TimeoutStartSec WatchdogSec TimeoutStopSec KillMode Restart
+        RestartSec OOMPolicy LimitMEMLOCK LimitNOFILE MemorySwapMax DynamicUser StateDirectory
         StateDirectoryMode WorkingDirectory Environment UMask NoNewPrivileges CapabilityBoundingSet
         ProtectSystem ProtectHome PrivateTmp ProtectClock ProtectHostname ProtectKernelLogs
         ProtectKernelModules ProtectKernelTunables ProtectControlGroups RestrictAddressFamilies
