@@ -175,7 +175,7 @@ class WarmUp:
         times = "once" if attempts == 1 else f"{attempts} times"
         raise type(failure)(
             f"The {name} failed {times}; last: {failure.message.rstrip('.')}.",
-            "Give more memory (see `moe-server plan`), or raise the limit.",
+            failure.remedy,
             reason=failure.reason,
         )
 
@@ -228,7 +228,9 @@ class WarmUp:
             missed = limits.missed(probe)
             if missed:
                 raise LimitsMissedError(
-                    f"probe {index} of {num_probes}: {missed}", reason=Reason.UNSUPPORTED
+                    f"probe {index} of {num_probes}: {missed}",
+                    "Give more memory (see `moe-server plan`), or raise the limit.",
+                    reason=Reason.UNSUPPORTED,
                 )
         self._stages.doing = f"proven in round {attempt}"
 

@@ -105,6 +105,7 @@ async def test_a_missed_limit_is_retried_then_failed_with_the_figures():
         assert "failed 2 times" in reason
         assert "time to first token" in reason
         assert "over max_ttft_ms = 1" in reason
+        assert reason.endswith("or raise the limit.")
         assert len(door.server.warm_up.probes) == 2
 
 
