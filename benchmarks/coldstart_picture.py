@@ -80,6 +80,8 @@ def _first(axis: Any, first: First) -> None:
     axis.axhline(first.max_ttft_ms / 1000, color=GREY, linestyle="--", label="configured limit")
     axis.axhline(steady(first.ttfts_s[-1]), color=GREY, linestyle=":", label="steady median")
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
     axis.set_xlabel("request")
     axis.set_title(f"time to first token, seconds ({first.arm} of the experts)", fontsize=10)
     axis.legend(fontsize=8, frameon=False)
