@@ -237,12 +237,16 @@ class WarmUp:
 
 async def _side_by_side(requests: Iterable[Coroutine[None, None, object]]) -> None:
     """Returns when all are done; raises what the first failure is, and ends the others with it."""
+    tasks = [asyncio.create_task(request) for request in requests]
     try:
-        async with asyncio.TaskGroup() as group:
-            for request in requests:
-                group.create_task(request)
-    except BaseExceptionGroup as failures:
-        raise failures.exceptions[0] from None
+        # Neither a TaskGroup nor `gather`: cancelled as a request fails, they tell of that alone.
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _failure(error: grpc.aio.AioRpcError) -> MoeServerError:

@@ -251,3 +251,21 @@ def test_programs_for_a_gpu_meet_a_whole_step():
     assert longest_prompt(Config()) == 16
     assert longest_prompt(Config(device="cuda")) == 512
     assert longest_prompt(Config(warmup={"longest_prompt_tokens": 99})) == 99
+
+
+async def test_a_cancellation_as_requests_fail_is_not_lost():
+    """Else the warm-up would be tried again for ever, and who stopped the server wait for it."""
+    begun = asyncio.Event()
+
+    async def fails_when_cancelled() -> None:
+        try:
+            begun.set()
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise MoeServerError("Refused: the server is shutting down.") from None
+
+    sending = asyncio.create_task(warm_up._side_by_side([fails_when_cancelled()]))
+    await begun.wait()
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
