@@ -420,6 +420,7 @@ async def test_warmup_of_a_drained_server_says_how_that_ends(door):
     assert result.exit_code == cli.EXIT_NOT_READY
     assert "still draining" in result.stderr
     assert "moe-server undrain" in result.stderr
+    assert (await against(door, "undrain")).exit_code == 0
 
 
 async def test_warmup_exits_with_4_at_once_when_the_server_failed(tmp_path):
@@ -760,7 +761,7 @@ async def test_a_reader_that_leaves_is_no_traceback(door):
     )  # fmt: skip
     os.close(write)
     _, errors = await asyncio.wait_for(client.communicate(), WAIT_S)
-    assert client.returncode == cli.EXIT_BROKEN_PIPE
+    assert client.returncode == cli.EXIT_BROKEN_PIPE, errors
     assert errors == b""
 
 
