@@ -25,7 +25,6 @@ from moe_server.state import ServerState
 from moe_server.warmup.probe import Probe
 from moe_server.warmup.recorded import to_line
 from moe_server.warmup.stages import STAGES, Stage, StageLog, StageState
-from moe_server.warmup.warm_up import WarmUp
 
 log = structlog.get_logger(__name__)
 
@@ -73,9 +72,9 @@ class AdminService:
         self, _request: pb.GetServerStatusRequest, _context: Context
     ) -> pb.GetServerStatusResponse:
         """Everything an operator asks first."""
-        running = {one.name: one for one in self._registry}
+        registry = self._registry
         models = [
-            _model_status(startup, running.get(startup.name)) for startup in self._registry.startups
+            _model_status(startup, registry.running(startup)) for startup in registry.startups
         ]
         first = models[0]
         return pb.GetServerStatusResponse(
@@ -113,7 +112,7 @@ class AdminService:
                     model=startup.name,
                     state=STATES[startup.state],
                     reason=startup.reason,
-                    startup=_startup(startup, self._warm_up(startup.name)),
+                    startup=_startup(startup, self._registry.running(startup)),
                 )
                 news = _without_clocks(told)
                 if news != last:
@@ -191,9 +190,6 @@ class AdminService:
             for _ in range(request.count):
                 await context.write(pb.RecordRequestsResponse(line=to_line(await unread.get())))
 
-    def _warm_up(self, name: str) -> WarmUp | None:
-        return next((one.warm_up for one in self._registry if one.name == name), None)
-
     def _refuse_strangers(self, context: Context) -> None:
         peer: str = context.peer()
         if not self._trusts_all_peers and not peer.startswith(LOOPBACK_PEERS):
@@ -209,7 +205,7 @@ def _model_status(startup: Startup, running: RunningModel | None) -> pb.ModelSta
         name=startup.name,
         state=STATES[startup.state],
         reason=startup.reason,
-        startup=_startup(startup, running.warm_up if running else None),
+        startup=_startup(startup, running),
     )
     if running is None:
         return status
@@ -237,7 +233,7 @@ def _model_status(startup: Startup, running: RunningModel | None) -> pb.ModelSta
     return status
 
 
-def _startup(startup: Startup, warm_up: WarmUp | None) -> pb.Startup:
+def _startup(startup: Startup, running: RunningModel | None) -> pb.Startup:
     log = startup.stages
     stage, eta_s = log.running, log.eta_s
     told = pb.Startup(
@@ -251,7 +247,8 @@ def _startup(startup: Startup, warm_up: WarmUp | None) -> pb.Startup:
         eta=None if eta_s is None else to_duration(eta_s),
         stages=[_stage(one, log) for one in log.stages],
     )
-    if warm_up is not None:
+    if running is not None:
+        warm_up = running.warm_up
         told.probes.extend(map(_probe, warm_up.probes))
         told.degraded = warm_up.degraded
         limits = warm_up.limits

@@ -112,6 +112,10 @@ class Registry:
         self.refuse_unread()
         return self._models[startup.name]
 
+    def running(self, startup: Startup) -> RunningModel | None:
+        """The model of that start; None before `start`."""
+        return self._models.get(startup.name)
+
     def refuse_unread(self) -> None:
         """Refuses what can be told only when the checkpoints have been read.
 

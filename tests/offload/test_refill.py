@@ -37,6 +37,13 @@ def reader():
     reader.close()
 
 
+def random_cache(shards, reader, choose: random.Random):
+    """Of some slots and perhaps records; returns how many places there are, too."""
+    places = choose.randint(2, TOTAL)
+    records = choose.choice([0, choose.randint(0, places - 1)])
+    return make_cache(shards, reader, places - records, records, COPY), places
+
+
 def random_uses(choose: random.Random) -> Uses:
     """Shares among which some are equal."""
     uses = Uses(NUM_LAYERS, NUM_EXPERTS)
@@ -92,9 +99,7 @@ class Evictions:
 @pytest.mark.parametrize("seed", range(40))
 def test_what_is_missing_comes_and_only_what_is_colder_goes(shards, reader, monkeypatch, seed):
     choose = random.Random(seed)
-    places = choose.randint(2, TOTAL)
-    records = choose.choice([0, choose.randint(0, places - 1)])
-    cache = make_cache(shards, reader, places - records, records, COPY)
+    cache, places = random_cache(shards, reader, choose)
     warm(cache, shards, choose)
     uses = random_uses(choose)
     hot = uses.ranked()[:places]
@@ -120,9 +125,7 @@ def test_what_is_missing_comes_and_only_what_is_colder_goes(shards, reader, monk
 @pytest.mark.parametrize("seed", range(30))
 def test_traffic_beside_it_gets_its_experts_and_nothing_is_lost(shards, reader, monkeypatch, seed):
     choose = random.Random(seed)
-    places = choose.randint(2, TOTAL)
-    records = choose.choice([0, choose.randint(0, places - 1)])
-    cache = make_cache(shards, reader, places - records, records, COPY)
+    cache, places = random_cache(shards, reader, choose)
     warm(cache, shards, choose)
     uses = random_uses(choose)
     hot = uses.ranked()[:places]
