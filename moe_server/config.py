@@ -135,9 +135,10 @@ class WarmupConfig(Section):
     tokens meet nearly all of a layer's 8 experts; longer prompts prove more and take longer."""
     new_tokens: int = Field(2, ge=2)
     """Tokens generated for each probe."""
-    batch: int = Field(4, ge=1)
+    batch: int | None = Field(None, ge=0)
     """Requests of different shapes that are sent side by side before the probes: prompts from the
-    longest down, decoded in batches from all of them down to one."""
+    longest down, decoded in batches from all of them down to one. Unset: none on a CPU, where the
+    first batch of a size takes what later ones take; 4 on a GPU, which makes programs for it."""
     longest_prompt_tokens: int | None = Field(None, ge=1)
     """Of these requests. Unset: prompt_tokens on a CPU, which computes all sizes alike; on a GPU
     scheduler.max_batch_tokens."""

@@ -3,6 +3,9 @@
 Prompts from one token to the longest, and completions of which each is one token longer than the
 one before, so that one batch decodes with every size from all of them down to one. Beside them a
 request as people send it, which loads tokenizer, chat template and grammar compiler.
+
+A GPU makes a program for each size when it first comes. A CPU has nothing to make, and where half
+of the experts fit each of these requests reads half of the model: there they are not sent.
 """
 
 from collections.abc import Iterator
@@ -11,14 +14,22 @@ from moe_server.config import ModelConfig
 from moe_server.proto.moe_server.v1 import generation_pb2
 from moe_server.warmup.probe import ProbeShape
 
+BATCH_ON_GPU = 4
 SHORTER = 4
 """Each prompt is so many times shorter than the one before."""
 TEXT = "hello world"
 CHOICES = ("yes", "no")
 
 
+def num_shapes(config: ModelConfig) -> int:
+    """Requests side by side."""
+    unset = 0 if config.device == "cpu" else BATCH_ON_GPU
+    batch = unset if config.warmup.batch is None else config.warmup.batch
+    return min(batch, config.scheduler.max_running)
+
+
 def longest_prompt(config: ModelConfig) -> int:
-    """Tokens. Programs for a GPU are made for each size; a CPU computes them all alike."""
+    """Tokens of the longest of them."""
     if config.warmup.longest_prompt_tokens is not None:
         return config.warmup.longest_prompt_tokens
     is_cpu = config.device == "cpu"

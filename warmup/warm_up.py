@@ -31,6 +31,8 @@ LONGEST_BACKOFF_S = 5.0
 
 LOWEST_PRIORITY = -10
 
+RECORDED_AT_ONCE = 4
+
 REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -47,12 +49,12 @@ class LimitsMissedError(MoeServerError):
 class FirstRequests:
     """What is sent before the proof."""
 
-    shapes: Sequence[ProbeShape]
+    shapes: Sequence[ProbeShape] = ()
     """Side by side."""
-    as_people_send_it: generation_pb2.GenerateStreamRequest | None
+    as_people_send_it: generation_pb2.GenerateStreamRequest | None = None
     """Beside them."""
     recorded: Sequence[generation_pb2.GenerateStreamRequest] = ()
-    """After them, so many at a time as there are shapes."""
+    """After them."""
 
 
 class WarmUp:
@@ -125,7 +127,8 @@ class WarmUp:
         judged = limits if is_alone else Limits()
         async with self._channel() as channel:
             if not self._has_sent_first:
-                await self._stage(SHAPES, lambda _: self._send_shapes(channel))
+                if self._first.shapes or self._first.as_people_send_it is not None:
+                    await self._stage(SHAPES, lambda _: self._send_shapes(channel))
                 if self._first.recorded:
                     await self._stage(RECORDED, lambda _: self._send_recorded(channel))
                 self._has_sent_first = True
@@ -190,7 +193,7 @@ class WarmUp:
         await _side_by_side(requests)
 
     async def _send_recorded(self, channel: grpc.aio.Channel) -> None:
-        recorded, places = self._first.recorded, asyncio.Semaphore(len(self._first.shapes))
+        recorded, places = self._first.recorded, asyncio.Semaphore(RECORDED_AT_ONCE)
         num_sent = 0
 
         async def send(request: generation_pb2.GenerateStreamRequest) -> None:

@@ -22,7 +22,7 @@ from moe_server.service.served_model import ServedModel
 from moe_server.startup import Startup
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.hot_set import HotSetKeeper
-from moe_server.warmup.ladder import as_people_send_it, ladder, longest_prompt
+from moe_server.warmup.ladder import as_people_send_it, ladder, longest_prompt, num_shapes
 from moe_server.warmup.limits import Limits, Speeds, Work
 from moe_server.warmup.probe import ProbeShape
 from moe_server.warmup.recorded import of_model
@@ -127,11 +127,10 @@ class RunningModel:
 
     def _first_requests(self, recorded: Sequence[RecordedRequest]) -> FirstRequests:
         config, model = self.config, self.model
-        batch = min(config.warmup.batch, config.scheduler.max_running)
         sends_text = config.warmup.text and model.tokenizer is not None
         text = as_people_send_it(model.name, is_chat=model.chat is not None)
         return FirstRequests(
-            list(ladder(self._shape, longest_prompt(config), batch)),
+            list(ladder(self._shape, longest_prompt(config), num_shapes(config))),
             text if sends_text else None,
             of_model(recorded, model.name, model.vocab_size),
         )

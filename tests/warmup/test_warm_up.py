@@ -11,7 +11,7 @@ from moe_server.errors import MoeServerError
 from moe_server.proto.moe_server.v1 import admin_pb2, generation_pb2
 from moe_server.state import ServerState
 from moe_server.warmup import warm_up
-from moe_server.warmup.ladder import ladder, longest_prompt
+from moe_server.warmup.ladder import ladder, longest_prompt, num_shapes
 from moe_server.warmup.limits import Limits
 from moe_server.warmup.probe import ProbeShape
 from moe_server.warmup.stages import StageLog
@@ -245,6 +245,19 @@ def test_the_ladder_has_every_length_and_every_batch():
     assert [shape.new_tokens for shape in shapes] == [2, 3, 4, 5, 6, 7]
     short = dataclasses.replace(probe, max_request_tokens=8)
     assert all(shape.prompt_tokens + shape.new_tokens <= 8 for shape in ladder(short, 512, 6))
+
+
+def test_a_cpu_is_sent_no_shapes_and_a_gpu_no_more_than_run():
+    assert num_shapes(Config()) == 0
+    assert num_shapes(Config(device="cuda")) == 4
+    assert num_shapes(Config(device="cuda", scheduler={"max_running": 3})) == 3
+    assert num_shapes(Config(warmup={"batch": 2})) == 2
+
+
+async def test_where_there_are_no_first_requests_there_is_no_such_stage():
+    async with front_door(config=warmup(batch=0)) as door:
+        names = [stage.name for stage in door.server.supervisor.startup.stages.stages]
+        assert names[-2:] == ["experts", "proof"]
 
 
 def test_programs_for_a_gpu_meet_a_whole_step():
