@@ -112,7 +112,8 @@ def _ready(report: Report, repetitions: int | None) -> None:
                 f"after {start.port_s:.2f} s; limit {start.limit_s:.1f} s: {start.ratio:.2f}; "
                 f"{start.read_bytes / 1e9:.1f} GB read for {start.model_bytes / 1e9:.1f} "
                 f"({start.ratio_as_read:.2f} of the limit for those); disk "
-                f"{start.disk_bytes_per_s / 1e9:.2f} GB/s"
+                f"{start.disk_bytes_per_s / 1e9:.2f} GB/s; {start.kernel_s:.1f} s of processor "
+                "time in the kernel"
             )
             print("   " + ", ".join(f"{name} {s:.1f}" for name, s in start.stages_s.items()))
             for fault in start.faults:
@@ -129,6 +130,7 @@ def _of_arm(starts: Sequence[Start]) -> dict[str, Any]:
         "ratio": statistics.median(start.ratio for start in starts),
         "ratio_as_read": statistics.median(start.ratio_as_read for start in starts),
         "ready_s": statistics.median(start.ready_s for start in starts),
+        "kernel_s": statistics.median(start.kernel_s for start in starts),
         "port_s": max(start.port_s for start in starts),
         "faults": [fault for start in starts for fault in start.faults],
         "starts": [asdict(start) | {"limit_s": start.limit_s} for start in starts],

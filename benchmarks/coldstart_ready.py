@@ -21,6 +21,7 @@ from benchmarks.engine_server import (
     engine_of,
     half_resident,
     io_read_bytes,
+    kernel_seconds,
     running_server,
 )
 from benchmarks.observer import UNREACHABLE, Observer, stages
@@ -89,6 +90,8 @@ class Start:
     model_bytes: int
     read_bytes: int
     """From the disk, by the engine, as the kernel counts: what did not fit was read again."""
+    kernel_s: float
+    """Processor time of the engine in the kernel: it grows where memory has to be found first."""
     disk_bytes_per_s: float
     """The mean of right before and right after."""
     stages_s: dict[str, float]
@@ -194,7 +197,8 @@ def measure(model: Path, arm: Arm, folder: Path, disk: Callable[[], float]) -> S
     """
     before = disk()
     with started(model, arm, folder) as server:
-        read = io_read_bytes(engine_of(server.process.pid))
+        engine = engine_of(server.process.pid)
+        read, kernel_s = io_read_bytes(engine), kernel_seconds(engine)
         observer = server.observer
         answered_at_s = observer.answered_at_s or server.ready_at_s
         port_s = answered_at_s - server.begun_at_s
@@ -213,6 +217,7 @@ def measure(model: Path, arm: Arm, folder: Path, disk: Callable[[], float]) -> S
         port_s,
         model_bytes(model).whole,
         read,
+        kernel_s,
         (before + disk()) / 2,
         stages(moments, server.ready_at_s),
         arm.num_slots(model),

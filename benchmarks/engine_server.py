@@ -120,6 +120,12 @@ def io_read_bytes(process: int) -> int:
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
+def kernel_seconds(process: int) -> float:
+    """Processor time a process has spent in the kernel since it began, all threads together."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return int(fields[12]) / os.sysconf("SC_CLK_TCK")
+
+
 def half_resident(model: str, **flags: object) -> int:
     """A device budget in which half of a model's experts have a place; `flags` are config keys."""
     config = load_config(flags={"model": model, "device_memory": "min", **flags}, environ={})

@@ -22,6 +22,7 @@ START = Start(
     port_s=0.6,
     model_bytes=12 * 10**9,
     read_bytes=24 * 10**9,
+    kernel_s=1.0,
     disk_bytes_per_s=2e9,
     stages_s={},
     slots=16,
@@ -43,7 +44,7 @@ def test_the_worse_arm_counts_by_its_median() -> None:
 
 def test_first_requests_are_compared_with_the_later_half() -> None:
     assert first_over_steady([3.0, 9.0, 9.0, 1.0, 2.0, 1.5]) == pytest.approx(2.0)
-    first = First("half", 3000.0, [[1.1, 1.0], [1.3, 1.0]], [20.0, 1.0, 1.0, 1.0])
+    first = First("half", 3000.0, [[1.1, 1.0], [1.3, 1.0], [1.2, 1.0]], [20.0, 1.0, 1.0, 1.0])
     assert first.ratio == pytest.approx(1.2)
     assert first.p99_ms == pytest.approx(1300)
     assert first.within_limit
