@@ -76,7 +76,8 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
             stream.seek(0)
             header_bytes = int.from_bytes(stream.read(8), "little")
             data_start = 8 + header_bytes
-            if header_bytes > MAX_HEADER_BYTES or data_start > file_bytes:
+            # Zeros are space that a download has reserved.
+            if not 0 < header_bytes <= MAX_HEADER_BYTES or data_start > file_bytes:
                 raise _truncated(file, f"its header says {header_bytes} bytes", file_bytes)
             header = json.loads(stream.read(header_bytes))
             if not isinstance(header, dict):

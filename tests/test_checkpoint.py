@@ -384,6 +384,14 @@ def test_a_shard_truncated_in_its_header(single, kept):
     assert "truncated" in refusal(single, file).message
 
 
+def test_a_shard_that_is_reserved_and_not_written_yet(single):
+    file = single / SINGLE_FILE
+    file.write_bytes(bytes(file.stat().st_size))
+    found = refusal(single, file)
+    assert "truncated" in found.message
+    assert found.reason is Reason.UNAVAILABLE, "it is waited for"
+
+
 def test_a_shard_truncated_in_its_data(single):
     file = single / SINGLE_FILE
     content = file.read_bytes()
