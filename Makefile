@@ -12,8 +12,9 @@ BUF := build/buf/node_modules/.bin/buf
 run: $(VENV)/.installed
 	@BIN=$(BIN) PORT=$(PORT) bash benchmarks/first_run.sh
 
+# A file's tests stay together: they share servers.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

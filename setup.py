@@ -97,6 +97,7 @@ setup(
             "pytest>=9.0",
             "pytest-asyncio>=1.0",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.15",
             TRITON,
             "types-grpcio>=1.0",
