@@ -2,8 +2,7 @@
 
 The server is the command that an operator starts, on half of a model's experts. Its first start has
 nothing in the page cache; the engine is killed (SIGKILL) while streams run on it. Both times end
-with READY, which the server's own warm-up proves: a batch of requests and three probes at first,
-one probe after a restart.
+with READY, which the server's own warm-up proves: three probes at first, one after a restart.
 """
 
 import os
