@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import tokenizers
 
 from moe_server.errors import MoeServerError, Reason
+from moe_server.json_file import is_cut_short
 from moe_server.tokenizer import SpecialTokens, Tokenizer, broken_file
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -35,7 +36,8 @@ def load_json(file: Path) -> Tokenizer:
         text = file.read_text(encoding="utf-8")
         description = json.loads(text)
     except ValueError as error:
-        raise broken_file(file, error) from None
+        reason = Reason.UNAVAILABLE if is_cut_short(error) else Reason.UNSUPPORTED
+        raise broken_file(file, error, reason=reason) from None
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - the library raises nothing narrower

@@ -127,35 +127,34 @@ def _files(model: PlannedModel) -> list[Path]:
     return sorted(model.config.model_path.glob("*.safetensors"))
 
 
-async def wait(prepare: Callable[[], T], startups: Sequence[Startup], lacking: MoeServerError) -> T:
-    """Tries again, with backoff, until `prepare` returns.
+async def wait(prepare: Callable[[], T], startups: Sequence[Startup]) -> T:
+    """Tries, again with backoff, until `prepare` returns.
 
     Args:
-        prepare: The preflight, run on a thread of its own.
+        prepare: The preflight, run on a thread of its own: a volume can be slow, or hang.
         startups: Where it is told what is waited for.
-        lacking: What the first try failed of.
 
     Raises:
         MoeServerError: `prepare` raised for a cause that does not pass.
     """
     backoff_s = FIRST_BACKOFF_S
     while True:
-        log.warning("waiting", lacking=lacking.message, remedy=lacking.remedy, again_s=backoff_s)
-        for startup in startups:
-            startup.stages.fail(str(lacking))
-            startup.stages.doing = f"looking again in {backoff_s:g} s: {lacking}"
-        await asyncio.sleep(backoff_s)
-        backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
         try:
             return await asyncio.wrap_future(_on_a_thread(prepare))
         except MoeServerError as error:
             if error.reason is not Reason.UNAVAILABLE:
                 raise
             lacking = error
+        log.warning("waiting", lacking=lacking.message, remedy=lacking.remedy, again_s=backoff_s)
+        for startup in startups:
+            startup.stages.fail(str(lacking))
+            startup.stages.doing = f"looking again in {backoff_s:g} s: {lacking}"
+        await asyncio.sleep(backoff_s)
+        backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
 
 
 def _on_a_thread(work: Callable[[], T]) -> "Future[T]":
-    """Begins `work`; a process that ends does not wait for it: a volume can hang."""
+    """Begins `work`; a process that ends does not wait for it."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
 

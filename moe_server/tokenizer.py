@@ -159,12 +159,14 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     return None
 
 
-def broken_file(file: Path, problem: object, remedy: str = "") -> MoeServerError:
+def broken_file(
+    file: Path, problem: object, remedy: str = "", *, reason: Reason = Reason.UNSUPPORTED
+) -> MoeServerError:
     """The refusal of a tokenizer file that does not parse."""
     return MoeServerError(
         f"{file} is not a usable tokenizer: {problem}.",
         f"Download it again (a git clone without git-lfs leaves pointers in its place){remedy}.",
-        reason=Reason.UNSUPPORTED,
+        reason=reason,
     )
 
 

@@ -207,7 +207,17 @@ def test_missing_directories_and_files(single):
     (single / "pytorch_model.bin").touch()
     assert "convert" in refusal(single, single, SINGLE_FILE).remedy
     (single / "config.json").unlink()
-    assert refusal(single, single / "config.json").reason is Reason.NOT_FOUND
+    assert refusal(single, single / "config.json").reason is Reason.UNAVAILABLE
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_FILE])
+def test_a_text_that_is_still_being_copied_is_waited_for(sharded, name):
+    text = (sharded / name).read_bytes().rstrip()
+    for kept in (0, 1, len(text) // 2, len(text) - 1):
+        (sharded / name).write_bytes(text[:kept])
+        assert refusal(sharded, sharded / name).reason is Reason.UNAVAILABLE, kept
+    (sharded / name).write_bytes(b"{,}" + text)
+    assert refusal(sharded, sharded / name).reason is not Reason.UNAVAILABLE
 
 
 def test_a_file_or_nonsense_is_no_directory(single):

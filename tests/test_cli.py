@@ -375,6 +375,17 @@ async def test_two_reports_need_two_files_and_leave_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_a_report_that_cannot_be_written_costs_nothing_but_itself(door, tmp_path):
+    full, junit = Path("/dev/full"), tmp_path / "junit.xml"
+    for report, other in (("--report", "--junit"), ("--junit", "--report")):
+        result = await against(door, "warmup", report, str(full), other, str(junit))
+        assert result.exit_code == cli.EXIT_ERROR
+        assert "No space left on device" in result.stderr
+        assert junit.stat().st_size > 0
+        assert list(tmp_path.iterdir()) == [junit]
+        junit.unlink()
+
+
 async def test_an_unwritable_report_is_refused_before_probing(tmp_path):
     report = tmp_path / "absent" / "report.json"
     result = await asyncio.to_thread(invoke, "warmup", "--target", NOBODY, "--report", str(report))
@@ -412,6 +423,24 @@ async def test_warmup_exits_with_4_when_not_ready_in_time(tmp_path):
         waiting = asyncio.create_task(against(door, "warmup"))
         await asyncio.to_thread(gate.write_bytes, b"go")
         assert (await asyncio.wait_for(waiting, WAIT_S)).exit_code == 0
+
+
+async def test_warmup_of_a_server_that_has_gone_says_so(tmp_path):
+    gate, report = tmp_path / "gate", tmp_path / "report.json"
+    os.mkfifo(gate)
+    async with front_door("--gate", str(gate), until=ServerState.LOADING) as door:
+        args = ("warmup", "--timeout", "3", "--report", str(report))
+        waiting = asyncio.create_task(against(door, *args))
+        await asyncio.sleep(0.5)
+    result = await waiting
+    assert result.exit_code == cli.EXIT_UNREACHABLE
+    findings = json.loads(report.read_text())
+    assert findings["state"] == "unreachable"
+    assert [stage["name"] for stage in findings["stages"]] == ["weights"], "what was seen is told"
+
+
+async def test_warmup_that_does_not_wait_still_probes(door):
+    assert (await against(door, "warmup", "--timeout", "0")).exit_code == 0
 
 
 async def test_warmup_of_a_drained_server_says_how_that_ends(door):
@@ -579,22 +608,26 @@ def _nothing_installed(name: str) -> str:
         (["--listen", "nowhere"], "nowhere"),
     ],
 )
-async def test_serve_refuses_at_once_what_cannot_work(args, message):
-    result = await asyncio.to_thread(invoke, "serve", *args)
-    assert result.exit_code == cli.EXIT_ERROR
-    assert message in result.stderr
-    assert "remedy:" in result.stderr
+async def test_serve_refuses_what_cannot_work(args, message):
+    assert message in await refused(*args)
 
 
 async def test_serve_refuses_a_taken_port(door):
+    errors = await refused("--listen", door.server.address)
+    assert f"error: Cannot listen on {door.server.address!r}" in errors
+
+
+async def refused(*args: str) -> str:
+    """What `serve` says as it ends by itself."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "moe_server", "serve", "--listen", door.server.address,
+        sys.executable, "-m", "moe_server", "serve", "--listen", "127.0.0.1:0", *args,
         stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     _, errors = await asyncio.wait_for(process.communicate(), WAIT_S)
     assert process.returncode == cli.EXIT_ERROR
-    assert f"error: Cannot listen on {door.server.address!r}" in errors.decode()
+    assert "remedy:" in errors.decode()
     assert "Traceback" not in errors.decode()
+    return errors.decode()
 
 
 async def serve(

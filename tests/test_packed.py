@@ -161,8 +161,7 @@ def test_a_manifest_that_lacks_something(store, key):
 @pytest.mark.parametrize("name", [EXPERTS, DENSE, "config.json"])
 def test_a_missing_file(store, name):
     (store / name).unlink()
-    reason = Reason.NOT_FOUND if name == "config.json" else Reason.UNAVAILABLE
-    assert refusal(store, name, "missing").reason is reason
+    assert refusal(store, name, "missing").reason is Reason.UNAVAILABLE
 
 
 @pytest.mark.parametrize("name", [EXPERTS, DENSE])

@@ -1,4 +1,4 @@
-"""`moe-server serve`: checks everything that can be wrong beforehand, then runs the front door."""
+"""`moe-server serve`: opens the front door, checks what can be known to be wrong, starts models."""
 
 import asyncio
 import signal
@@ -11,7 +11,6 @@ from moe_server import preflight
 from moe_server.chat.chat import load_chat
 from moe_server.commands.config_flags import with_config
 from moe_server.config import Config
-from moe_server.errors import MoeServerError, Reason
 from moe_server.notify import notifying
 from moe_server.patience import Patience, longest_step_s
 from moe_server.planned_models import PlannedModel
@@ -40,15 +39,7 @@ def serve(config: Config) -> None:
     requests finish for service.shutdown_grace_s and exits with 0; a second one cuts them off and
     exits with 130.
     """
-    startups = [Startup(model.served_name) for model in config.all_models]
-    lacking = None
-    try:
-        setups = _prepare(config, startups)
-    except MoeServerError as error:
-        if error.reason is not Reason.UNAVAILABLE:
-            raise
-        setups, lacking = [], error
-    is_cut_off = asyncio.run(_run(config, startups, setups, lacking))
+    is_cut_off = asyncio.run(_run(config))
     if is_cut_off:
         raise KeyboardInterrupt
 
@@ -58,14 +49,12 @@ def _prepare(config: Config, startups: Sequence[Startup]) -> list[ModelSetup]:
     for startup in startups:
         startup.stages.enter(PREFLIGHT)
     planned = preflight.check(config)
-    setups = []
-    for model, startup in zip(planned, startups, strict=True):
+    setups = [_setup(model) for model in planned]
+    for model, setup, startup in zip(planned, setups, startups, strict=True):
         names = {"model": model.name} if len(planned) > 1 else {}
         for what, amount in model.plan.table():
             log.info("plan", what=what.strip(), amount=amount, **names)
-        setup = _setup(model)
-        setups.append(setup)
-        warnings = [*preflight.warnings(model), *_unsent(setup)]
+        warnings = [*preflight.warnings(model), *_textless(setup), *_unsent(setup)]
         startup.stages.warn(warnings)
         for warning in warnings:
             log.warning("preflight", found=warning, **names)
@@ -87,6 +76,14 @@ def _setup(planned: PlannedModel) -> ModelSetup:
     )
 
 
+def _textless(setup: ModelSetup) -> Iterator[str]:
+    if setup.model.tokenizer is None:
+        yield (
+            f"{setup.config.model_path} has neither tokenizer.model nor tokenizer.json: only "
+            "token_ids are taken. If there is to be text, bring one and start again."
+        )
+
+
 def _unsent(setup: ModelSetup) -> Iterator[str]:
     """Recorded requests that bring this model nothing."""
     names = {recorded.request.model for recorded in setup.requests}
@@ -98,17 +95,13 @@ def _unsent(setup: ModelSetup) -> Iterator[str]:
         )
 
 
-async def _run(
-    config: Config,
-    startups: Sequence[Startup],
-    setups: Sequence[ModelSetup],
-    lacking: MoeServerError | None,
-) -> bool:
+async def _run(config: Config) -> bool:
     """Serves until a signal; returns whether a second one came.
 
     Raises:
-        MoeServerError: The port is taken, or what was waited for cannot be served.
+        MoeServerError: The port is taken, or the models cannot be served.
     """
+    startups = [Startup(model.served_name) for model in config.all_models]
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -118,10 +111,8 @@ async def _run(
     await server.open()
 
     async def start() -> None:
-        found = setups
-        if lacking is not None:
-            found = await preflight.wait(lambda: _prepare(config, startups), startups, lacking)
-        server.models.start(found)
+        setups = await preflight.wait(lambda: _prepare(config, startups), startups)
+        server.models.start(setups)
 
     starting = asyncio.create_task(start(), name="start")
     signalled = asyncio.create_task(signals.get(), name="signals")

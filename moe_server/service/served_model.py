@@ -1,6 +1,6 @@
 """The facts about the served model that the services answer with and validate against.
 
-Gathered once, before the port opens. Knows no gRPC.
+Gathered once, when the checkpoint has been read. Knows no gRPC.
 """
 
 from dataclasses import dataclass
