@@ -374,6 +374,9 @@ class Reader:
             except OSError as failure:
                 what = failure.strerror or str(failure)
                 continue
+            except Exception as failure:  # noqa: BLE001  a dead thread would leave waiters
+                what = repr(failure)
+                break
             try:
                 self._read(file, ticket, block, window)
             except OSError as failure:
@@ -383,7 +386,7 @@ class Reader:
                 what = str(failure)
                 if not self._files.renew(segment.file, file):
                     break
-            except Exception as failure:  # noqa: BLE001  a dead thread would leave waiters
+            except Exception as failure:  # noqa: BLE001  as above
                 what = repr(failure)
                 break
             else:

@@ -68,7 +68,7 @@ class Disk:
         with self._lock:
             self._free_at = max(self._free_at, time.monotonic()) + seconds
             wait_s = self._free_at - time.monotonic()
-        time.sleep(wait_s)
+        time.sleep(max(0.0, wait_s))
 
 
 if FAULTS in os.environ:

@@ -863,6 +863,20 @@ def test_a_first_page_that_cannot_be_read_is_its_readers_failure(file, monkeypat
         assert reader.buffered_files == 0
 
 
+@pytest.mark.parametrize("function", ["readv", "preadv"])
+def test_no_surprise_ends_the_reader(file, monkeypatch, function):
+    def surprise(*_):
+        raise ValueError("This must not happen.")
+
+    with running_reader() as reader:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, function, surprise)
+            with pytest.raises(MoeServerError, match="This must not happen"):
+                read(reader, [Segment(file, 0, 100, 0)], Target())
+        read(reader, [Segment(file, 0, 100, 0)], target := Target())
+        target.holds(CONTENT[:100], 0)
+
+
 def test_a_buffered_file_is_told_of(file, monkeypatch):
     with running_reader() as reader:
         read(reader, [Segment(file, 0, 1, 0)], Target())
