@@ -2,7 +2,8 @@
 
 JUnit's format as Jenkins, GitLab and others read it: a case for each stage of the start, one for
 being READY, one for each probe. The first thing that failed carries the error; what was not reached
-is skipped, so that a red list says where it stopped. `moe-server warmup` writes it.
+is skipped, so that a red list says where it stopped. So is what failed of a model that serves all
+the same, with what it missed. `moe-server warmup` writes it.
 """
 
 from collections.abc import Mapping
@@ -16,14 +17,16 @@ FAILED_STAGE = "failed"
 def junit_xml(findings: Mapping[str, Any]) -> str:
     """The report of `moe-server warmup` (its JSON, as a mapping) in XML."""
     suite = ET.Element("testsuite", name=SUITE, hostname=findings["target"])
+    is_ready = findings["ready"]
     for stage in findings["stages"]:
+        failure = stage["failure"] if stage["state"] == FAILED_STAGE else ""
         _add(
             suite,
             f"{stage['model']}: {stage['name']}",
             stage["seconds"],
-            failure=stage["failure"] if stage["state"] == FAILED_STAGE else "",
+            failure="" if is_ready else failure,
+            skipped=f"ready all the same: {failure}" if is_ready and failure else "",
         )
-    is_ready = findings["ready"]
     error = findings["error"]
     _add(suite, "ready", findings["startup_s"], failure="" if is_ready else error)
     probes = {(probe["model"], probe["index"]): probe for probe in findings["probes"]}
@@ -36,7 +39,8 @@ def junit_xml(findings: Mapping[str, Any]) -> str:
             if probe := probes.get((model, index)):
                 _add(suite, name, probe["ttft_s"], failure=probe["missed"])
             else:
-                _add(suite, name, 0.0, failure="" if is_told else error, is_skipped=is_told)
+                skipped = "an earlier case failed" if is_told else ""
+                _add(suite, name, 0.0, failure="" if is_told else error, skipped=skipped)
                 is_told = True
     for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped", "skipped")):
         suite.set(attribute, str(len(list(suite.iter(tag)))))
@@ -47,11 +51,11 @@ def junit_xml(findings: Mapping[str, Any]) -> str:
 
 
 def _add(
-    suite: ET.Element, name: str, seconds: float, *, failure: str = "", is_skipped: bool = False
+    suite: ET.Element, name: str, seconds: float, *, failure: str = "", skipped: str = ""
 ) -> None:
     case = ET.SubElement(suite, "testcase", classname=SUITE, name=name, time=f"{seconds:.3f}")
-    if is_skipped:
-        ET.SubElement(case, "skipped", message="an earlier case failed")
+    if skipped:
+        ET.SubElement(case, "skipped", message=_printable(skipped))
     elif failure:
         ET.SubElement(case, "failure", message=_printable(failure))
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Self
 
 import structlog
@@ -32,23 +33,33 @@ def least_ready(status: pb.GetServerStatusResponse) -> pb.ModelStatus:
     return next(model for model in status.models if model.state == status.state)
 
 
-def wait_ready(client: Client, timeout_s: float) -> pb.GetServerStatusResponse:
+def wait_ready(
+    client: Client,
+    timeout_s: float,
+    told: Callable[[pb.GetServerStatusResponse], None] = lambda _: None,
+) -> pb.GetServerStatusResponse:
     """Waits until the server is READY, showing how far it is.
+
+    Args:
+        client: Of the server.
+        timeout_s: How long.
+        told: Called with everything that it says.
 
     Raises:
         NotReadyError: It FAILED, or was not READY in time.
-        UnreachableError: It could not be reached in all that time.
+        UnreachableError: It could not be reached in all that time, or at its end.
     """
     deadline = time.monotonic() + timeout_s
-    status = None
+    late: MoeServerError
     with _Display() as display:
         while True:
-            unreachable = None
             try:
                 status = client.status()
             except UnreachableError as error:
-                unreachable = error
-            if status is not None:
+                late = error
+            else:
+                late = _still(status, timeout_s)
+                told(status)
                 display.show(status)
                 if status.state == pb.SERVER_STATE_READY:
                     return status
@@ -57,19 +68,20 @@ def wait_ready(client: Client, timeout_s: float) -> pb.GetServerStatusResponse:
                         f"The server failed to start: {status.reason}", reason=Reason.UNAVAILABLE
                     )
             if time.monotonic() >= deadline:
-                if status is None and unreachable is not None:
-                    raise unreachable
-                state = state_name(status.state) if status is not None else "unreachable"
-                stage = f" ({least_ready(status).startup.stage})" if status is not None else ""
-                remedy = "Wait longer with --timeout; `moe-server status` says how far it is."
-                if status is not None and status.state == pb.SERVER_STATE_DRAINING:
-                    remedy = "`moe-server undrain`, if nobody meant it: it does not end by itself."
-                raise NotReadyError(
-                    f"The server was still {state}{stage} after {timeout_s:g} s.",
-                    remedy,
-                    reason=Reason.UNAVAILABLE,
-                )
+                raise late
             time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+
+
+def _still(status: pb.GetServerStatusResponse, timeout_s: float) -> NotReadyError:
+    remedy = "Wait longer with --timeout; `moe-server status` says how far it is."
+    if status.state == pb.SERVER_STATE_DRAINING:
+        remedy = "`moe-server undrain`, if nobody meant it: it does not end by itself."
+    return NotReadyError(
+        f"The server was still {state_name(status.state)} ({least_ready(status).startup.stage}) "
+        f"after {timeout_s:g} s.",
+        remedy,
+        reason=Reason.UNAVAILABLE,
+    )
 
 
 class _Display:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import secrets
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ __all__ = ["LimitMissedError", "NotReadyError", "warmup"]
 log = structlog.get_logger(__name__)
 
 NUM_PROBES = 3
+PROBE_AT_LEAST_S = 10.0
+"""That a probe may take, however short the wait for READY."""
 
 
 class LimitMissedError(MoeServerError):
@@ -53,7 +55,7 @@ class LimitMissedError(MoeServerError):
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="How long to wait for READY; each probe may take as long again.",
+    help="How long to wait for READY; each probe may take as long again, or 10 s.",
 )
 @click.option(
     "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write a JSON report here."
@@ -94,6 +96,7 @@ def warmup(
         "ready": False,
         "startup_s": 0.0,
         "models": [],
+        "degraded": {},
         "stages": [],
         "probes_per_model": NUM_PROBES,
         "max_ttft_ms": max_ttft_ms,
@@ -108,12 +111,12 @@ def warmup(
         raise
     finally:
         text = json.dumps(findings, indent=2)
-        if report is not None:
-            _write(partials[report], report, text)
-        if junit is not None:
-            _write(partials[junit], junit, junit_xml(findings))
         if as_json:
             click.echo(text)
+        with ExitStack() as writing:  # the second one also where the first one cannot be written
+            for file, content in ((report, text), (junit, junit_xml(findings))):
+                if file is not None:
+                    writing.callback(_write, partials[file], file, content)
 
 
 warmup.add_command(record)
@@ -124,13 +127,11 @@ def _prove(
 ) -> None:
     with Client(target) as client:
         try:
-            status = wait_ready(client, timeout_s)
-        except NotReadyError:
-            with suppress(MoeServerError):  # it may have gone meanwhile
-                _note_start(client.status(), findings)
+            status = wait_ready(client, timeout_s, lambda status: _note_start(status, findings))
+        except UnreachableError:
+            findings["state"] = "unreachable"
             raise
         models = client.models()
-    _note_start(status, findings)
     findings["ready"] = True
     own = {model.name: model.startup for model in status.models}
     for model in models:
@@ -145,6 +146,9 @@ def _note_start(status: admin_pb2.GetServerStatusResponse, findings: dict[str, A
     findings["state"] = state_name(status.state)
     findings["model"] = status.model
     findings["models"] = [model.name for model in status.models]
+    findings["degraded"] = {
+        model.name: model.startup.degraded for model in status.models if model.startup.degraded
+    }
     findings["startup_s"] = max(
         model.startup.elapsed.ToNanoseconds() / 1e9 for model in status.models
     )
@@ -179,7 +183,7 @@ def _prove_model(
         max_request_tokens=model.max_context_tokens,
     )
     for index in range(1, NUM_PROBES + 1):
-        probe = asyncio.run(_probe(target, shape, timeout_s))
+        probe = asyncio.run(_probe(target, shape, max(timeout_s, PROBE_AT_LEAST_S)))
         missed = limits.missed(probe)
         findings["probes"].append(
             {"model": model.name, "index": index, **asdict(probe), "missed": missed}

@@ -101,6 +101,13 @@ def test_a_stage_that_failed_once_and_was_done_is_green():
     assert outcomes(found)[1]["demo: experts"] == "passed"
 
 
+def test_what_was_missed_by_a_model_that_serves_all_the_same_is_told_and_not_red():
+    found = findings(stages=[stage("proof", "failed", "Too slow.")])
+    suite, cases = outcomes(found)
+    assert cases["demo: proof"] == "skipped"
+    assert next(suite.iter("skipped")).get("message") == "ready all the same: Too slow."
+
+
 def test_without_a_server_there_is_one_red_case():
     found = findings(ready=False, error="Nobody there.", models=[], stages=[], probes=[])
     assert outcomes(found)[1] == {"ready": "Nobody there."}
