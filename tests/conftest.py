@@ -1,11 +1,19 @@
 """One thread for each test: cores are shared, and small products need no more."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["OMP_NUM_THREADS"] = "1"
-# Servers that tests start learn nothing from each other, and leave nothing in the user's home.
+# Servers that tests start learn nothing from each other, and leave nothing in the user's home. (The
+# variable speaks of a server's first model only.)
 os.environ["MOE_SERVER_WARMUP__HOT_SET"] = "off"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moe-server-tests-")
 
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)

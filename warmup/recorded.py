@@ -70,21 +70,32 @@ def _unusable(file: Path, problem: str) -> MoeServerError:
 
 
 def of_model(
-    recorded: Sequence[generation_pb2.RecordedRequest], name: str, vocab_size: int
+    recorded: Sequence[generation_pb2.RecordedRequest],
+    name: str,
+    vocab_size: int,
+    max_request_tokens: int,
 ) -> list[generation_pb2.GenerateStreamRequest]:
-    """Those that were sent to the model of that name, ready to be sent to it again."""
-    return [_replayed(one, vocab_size) for one in recorded if one.request.model in (name, "")]
+    """Those that were sent to the model of that name, ready to be sent to it again.
+
+    A length that it refuses stays one that it refuses, and gets no more tokens than that takes.
+    """
+    return [
+        _replayed(one, vocab_size, max_request_tokens + 1)
+        for one in recorded
+        if one.request.model in (name, "")
+    ]
 
 
 def _replayed(
-    recorded: generation_pb2.RecordedRequest, vocab_size: int
+    recorded: generation_pb2.RecordedRequest, vocab_size: int, most_tokens: int
 ) -> generation_pb2.GenerateStreamRequest:
     request = generation_pb2.GenerateStreamRequest()
     request.CopyFrom(recorded.request)
     if recorded.HasField("random_prompt"):
         prompt = recorded.random_prompt
         numbers = random.Random(prompt.seed)  # noqa: S311  # no secret: the same in every run
-        request.token_ids.ids.extend(numbers.choices(range(vocab_size), k=max(1, prompt.tokens)))
+        num_tokens = max(1, min(prompt.tokens, most_tokens))
+        request.token_ids.ids.extend(numbers.choices(range(vocab_size), k=num_tokens))
     wanted = request.stopping.max_new_tokens or MAX_NEW_TOKENS
     request.stopping.max_new_tokens = min(wanted, MAX_NEW_TOKENS)
     return request

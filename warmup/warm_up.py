@@ -89,7 +89,7 @@ class WarmUp:
         self.probes: list[Probe] = []
         """Every probe of this life, in order; READY rests on the last ones."""
         self.degraded = ""
-        """READY all the same: what the proof missed. Otherwise empty."""
+        """What the last proof that was timed missed, where that is served; otherwise empty."""
         self._has_sent_first = self._was_proven = False
         self._seeds = count()
         """They go on from round to round and from life to life: a prompt seen before would find its
@@ -117,13 +117,16 @@ class WarmUp:
         Args:
             limits: What a probe may take.
             is_alone: Whether no other requests run. Beside them a probe's time says nothing about
-                the machine: it is enough then that it succeeds.
+                the machine: it is enough then that it succeeds, and what an earlier proof missed
+                stays missed.
 
         Raises:
             MoeServerError: No round did; the message says what was missed and by how much.
                 UNAVAILABLE where the last one failed for a cause that can pass.
         """
-        self.limits, self.probes, self.degraded = limits, [], ""
+        self.limits, self.probes = limits, []
+        if is_alone:
+            self.degraded = ""
         judged = limits if is_alone else Limits()
         async with self._channel() as channel:
             if not self._has_sent_first:
@@ -145,7 +148,9 @@ class WarmUp:
                 self._stages.doing = "ready, but slower than its limits"
                 log.warning(self._stages.doing, missed=error.message)
                 return
-        self._was_proven = True
+        if not is_alone:
+            self._stages.doing = "its requests succeed; beside others they are not timed"
+        self._was_proven = self._was_proven or is_alone
 
     def _channel(self) -> grpc.aio.Channel:
         # A proxy that the environment names is for the way out, not for our own listener.
@@ -235,7 +240,8 @@ class WarmUp:
                     "Give more memory (see `moe-server plan`), or raise the limit.",
                     reason=Reason.UNSUPPORTED,
                 )
-        self._stages.doing = f"proven in round {attempt}"
+        again = "again by one probe" if attempt == 0 else f"in round {attempt}"
+        self._stages.doing = f"proven {again}"
 
 
 async def _side_by_side(requests: Iterable[Coroutine[None, None, object]]) -> None:

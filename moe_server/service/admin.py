@@ -250,7 +250,7 @@ def _startup(startup: Startup, running: RunningModel | None) -> pb.Startup:
     if running is not None:
         warm_up = running.warm_up
         told.probes.extend(map(_probe, warm_up.probes))
-        told.degraded = warm_up.degraded
+        told.degraded = running.degraded
         limits = warm_up.limits
         if math.isfinite(limits.max_ttft_ms):
             told.max_ttft.CopyFrom(to_duration(limits.max_ttft_ms / 1000))

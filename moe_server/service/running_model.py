@@ -20,6 +20,7 @@ from moe_server.service.prompts import Prompts
 from moe_server.service.recorder import Recorder
 from moe_server.service.served_model import ServedModel
 from moe_server.startup import Startup
+from moe_server.state import ServerState
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.hot_set import HotSetKeeper
 from moe_server.warmup.ladder import as_people_send_it, ladder, longest_prompt, num_shapes
@@ -117,6 +118,12 @@ class RunningModel:
     def name(self) -> str:
         return self.model.name
 
+    @property
+    def degraded(self) -> str:
+        """What the proof missed of a model that serves all the same; otherwise empty."""
+        serves = self.startup.state in (ServerState.READY, ServerState.DRAINING)
+        return self.warm_up.degraded if serves else ""
+
     def limits(self, loaded: Loaded) -> Limits:
         """What the proof holds an engine to that has loaded."""
         measured = Speeds(loaded.expert_s, loaded.disk_bytes_per_s, loaded.copy_bytes_per_s)
@@ -132,7 +139,7 @@ class RunningModel:
         return FirstRequests(
             list(ladder(self._shape, longest_prompt(config), num_shapes(config))),
             text if sends_text else None,
-            of_model(recorded, model.name, model.vocab_size),
+            of_model(recorded, model.name, model.vocab_size, model.max_request_tokens),
         )
 
     def start(self, *, draining: bool) -> None:

@@ -278,7 +278,7 @@ OF_MODELS: tuple[Family[RunningModel], ...] = (
     gauge(
         "degraded",
         "1: READY although the proof missed a limit (warmup.if_missed is serve).",
-        lambda m: bool(m.warm_up.degraded),
+        lambda m: bool(m.degraded),
     ),
 )
 

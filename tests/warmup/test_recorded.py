@@ -25,13 +25,19 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_each_model_gets_its_own_and_lengths_are_cut():
     recorded = [with_text("a"), with_text("b", "other"), with_text("c", "", 10**6), redacted(5)]
-    first, third, random = of_model(recorded, "demo", vocab_size=3)
+    first, third, random = of_model(recorded, "demo", 3, 100)
     assert (first.text, first.stopping.max_new_tokens) == ("a", 9)
     assert (third.text, third.stopping.max_new_tokens) == ("c", MAX_NEW_TOKENS)
     assert len(random.token_ids.ids) == 5
     assert set(random.token_ids.ids) <= {0, 1, 2}
-    assert of_model([redacted(5)], "demo", 10**6) != of_model([redacted(5, 8)], "demo", 10**6)
-    assert of_model([redacted(5)], "demo", 10**6) == of_model([redacted(5)], "demo", 10**6)
+    [seven], [eight] = ([redacted(5, seed)] for seed in (7, 8))
+    assert of_model([seven], "demo", 10**6, 100) != of_model([eight], "demo", 10**6, 100)
+    assert of_model([seven], "demo", 10**6, 100) == of_model([redacted(5)], "demo", 10**6, 100)
+
+
+def test_a_length_beyond_any_takes_no_memory_and_stays_too_long():
+    [request] = of_model([redacted(2**31 - 1)], "demo", 3, 100)
+    assert len(request.token_ids.ids) == 101
 
 
 @pytest.mark.parametrize(

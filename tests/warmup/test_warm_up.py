@@ -162,6 +162,33 @@ async def test_a_missed_limit_may_be_served_with_and_is_told(monkeypatch):
             pass
 
 
+async def test_what_was_missed_is_told_of_a_model_that_serves_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(Limits, "missed", misses("too slow"))
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    config = warmup(if_missed="serve", attempts=1)
+    async with front_door("--gate", str(gate), config=config, until=ServerState.LOADING) as door:
+        await asyncio.to_thread(gate.write_bytes, b"go")
+        await door.reach(ServerState.READY)
+        running = door.server.models.find("")
+        assert running.degraded
+        os.kill(running.supervisor.engine_pid, signal.SIGKILL)
+        await door.reach(ServerState.LOADING)
+        assert running.degraded == ""
+
+
+async def test_beside_other_requests_what_was_missed_stays_missed(monkeypatch):
+    monkeypatch.setattr(Limits, "missed", misses("too slow"))
+    async with front_door(config=warmup(if_missed="serve", attempts=1)) as door:
+        warm_up = door.server.warm_up
+        missed = warm_up.degraded
+        await warm_up.prove(Limits(), is_alone=False)
+        assert warm_up.degraded == missed != ""
+        assert "not timed" in door.server.supervisor.startup.stages.doing
+        await warm_up.prove(Limits())
+        assert warm_up.degraded == ""
+
+
 async def test_limits_in_force_are_told():
     async with front_door(config=warmup(max_ttft_ms=9000, max_tpot_ms=None)) as door:
         status = await door.admin.GetServerStatus(admin_pb2.GetServerStatusRequest())
