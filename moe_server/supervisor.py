@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -43,6 +43,7 @@ from moe_server.rewarmings import Rewarmings
 from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.warmup.hot_set import HotSetKeeper
+from moe_server.warmup.stages import HOT_SET
 
 log = structlog.get_logger(__name__)
 
@@ -276,6 +277,28 @@ class Supervisor:
         except TimeoutError:
             log.warning("the engine is busy: its hot set stays as it was saved last")
 
+    async def _give_hot_set(self) -> None:
+        """The engine gets what is wanted most, which the warm-up's random prompts have displaced.
+
+        At a start it is back in memory when this returns: the first requests would meet the disk.
+        After a restart those who were cut off wait already, and it comes back behind them.
+        """
+        if self._hot_set is None or self._link is None:
+            return
+        hot_set = await self._hot_set.latest()
+        self._link.send(hot_set)
+        if self.num_restarts or not any(hot_set.visits):
+            return
+        proven = self._stages.doing
+        self._stages.enter(HOT_SET)
+        # An operator's rewarming does the same; where the engine is lost, its life is over.
+        with suppress(MoeServerError):
+            async with aclosing(self._rewarmings.run(self._link)) as news:
+                async for progress in news:
+                    self._stages.enter(HOT_SET, progress.bytes_done, progress.bytes_total)
+        self._stages.finish()
+        self._stages.doing = proven
+
     def _enter(self, phase: ServerState) -> None:
         if phase is not self._phase:
             log.info("state", state=phase.value, engine_pid=self.engine_pid)
@@ -490,8 +513,7 @@ class Supervisor:
             self.startup.reason = ""
             if self._life_ready_at is None:
                 # Not after a later proof: what was learned since the last save would be lost.
-                if self._hot_set is not None and self._link is not None:
-                    self._link.send(await self._hot_set.latest())
+                await self._give_hot_set()
                 self._life_ready_at = time.monotonic()
             self._stages.note_ready()
             self._enter(ServerState.READY)

@@ -32,6 +32,7 @@ from moe_server.startup import Startup
 from moe_server.state import ServerState
 from moe_server.supervisor import ENGINE_COMMAND, Supervisor
 from moe_server.warmup.hot_set import decode, encode, fingerprint
+from moe_server.warmup.stages import HOT_SET, StageState
 from tests.driver import greedy, run, running_engine, token_ids
 from tests.front_door import PATIENCE, WAIT_S, eventually
 from tests.test_faults import NEW_TOKENS, PROMPTS, TINY, undisturbed
@@ -272,30 +273,34 @@ def test_a_rewarming_stops_when_it_is_told_to_and_no_other_one_does(path):
         assert engine.between_steps() == []
 
 
-async def test_a_supervised_engine_rewarms(path):
+async def storm(supervisor: Supervisor, *, is_probe: bool) -> None:
+    for prompt in STORM:
+        with supervisor.admit(is_probe=is_probe) as request:
+            supervisor.submit(request, Submit(request.request_id, prompt, 2, []))
+            async for _ in request:
+                pass
+
+
+async def test_a_supervised_engine_is_ready_with_its_hot_set_and_rewarms(path):
     flags = {"model": str(path), "dense_backend": "resident", **memory_for(path, 9)}
     [config] = load_config(flags=flags, environ={}).all_models
     hot_set = some_hot_set(4)
 
-    async def ready_at_once(_loaded: Loaded) -> None:
-        pass
+    async def prove(_loaded: Loaded) -> None:
+        await storm(supervisor, is_probe=True)
 
     supervisor = Supervisor(
-        config,
-        ready_at_once,
-        ENGINE_COMMAND,
-        PATIENCE,
-        Startup("tiny"),
-        hot_set=Notebook(hot_set),
+        config, prove, ENGINE_COMMAND, PATIENCE, Startup("tiny"), hot_set=Notebook(hot_set)
     )
     supervisor.start()
     try:
         await asyncio.wait_for(supervisor.startup.feed.wait_for(ServerState.READY), WAIT_S)
-        for prompt in STORM:
-            with supervisor.admit() as request:
-                supervisor.submit(request, Submit(request.request_id, prompt, 2, []))
-                async for _ in request:
-                    pass
+        restored = supervisor.startup.stages.stages[-1]
+        assert (restored.name, restored.state) == (HOT_SET, StageState.DONE)
+        assert restored.bytes_done == restored.bytes_total > 0
+        [told] = [progress async for progress in supervisor.rewarm()]
+        assert (told.outcome, told.experts_total) == (RewarmOutcome.DONE, 0)
+        await storm(supervisor, is_probe=False)
         told = [progress async for progress in supervisor.rewarm()]
         assert told[-1].outcome is RewarmOutcome.DONE
         assert told[-1].experts_done == told[-1].experts_total > 0
