@@ -1,5 +1,6 @@
 """One thread for each test: cores are shared, and small products need no more."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,13 @@ os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="moe-server-tests-")
 import torch
 
 torch.set_num_threads(1)
+# How long a test takes says nothing beside others. (The kernels' own tests on a GPU need no more
+# than pytest.)
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("beside others", deadline=None)
+    settings.load_profile("beside others")
 
 
 def pytest_unconfigure() -> None:

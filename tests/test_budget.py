@@ -139,7 +139,7 @@ checkpoints = st.builds(
     host=st.integers(0, 3_000_000),
     device=st.sampled_from(["cpu", "cuda"]),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_plans_keep_their_budgets_and_waste_nothing(flags, checkpoint, extra, host, device):
     config = make_config(**flags, device=device, device_memory="min", host_memory=8 * GIB)
     least = plan_memory(config, checkpoint)
@@ -160,7 +160,7 @@ def test_plans_keep_their_budgets_and_waste_nothing(flags, checkpoint, extra, ho
 
 
 @given(flags=configs, checkpoint=checkpoints)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_minimum_it_names_is_enough_and_one_byte_less_is_not(flags, checkpoint):
     with pytest.raises(MoeServerError) as caught:
         plan_memory(make_config(**flags, device_memory=0), checkpoint)
@@ -174,7 +174,7 @@ def test_the_minimum_it_names_is_enough_and_one_byte_less_is_not(flags, checkpoi
 
 
 @given(checkpoint=checkpoints, device=st.sampled_from(["cpu", "cuda"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_least_host_memory_it_names_is_enough(checkpoint, device):
     assume(len(checkpoint.experts) > 1)
     flags = {"device": device, "device_memory": "min"}

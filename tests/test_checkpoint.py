@@ -530,7 +530,7 @@ def fuzzed(written) -> Iterator[Callable[[str, bytes], None]]:
     flips=st.lists(st.tuples(st.integers(0, 2**32), st.integers(0, 255)), max_size=4),
     cut=st.none() | st.integers(0, 2**32),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_damaged_shards_never_surprise(written, fuzzed, flips, cut):
     content = bytearray((written / SINGLE_FILE).read_bytes())
     header_end = 8 + int.from_bytes(content[:8], "little")
@@ -561,7 +561,7 @@ CONFIG_KEYS = (
 
 
 @given(changes=st.dictionaries(st.sampled_from(CONFIG_KEYS), anything, min_size=1, max_size=2))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_configs_of_any_values_never_surprise(written, fuzzed, changes):
     config = json.loads((written / "config.json").read_text())
     fuzzed("config.json", json.dumps(config | changes).encode())
@@ -571,7 +571,7 @@ def test_configs_of_any_values_never_surprise(written, fuzzed, changes):
     rope_type=st.sampled_from(["dynamic", "longrope", "yarn"]) | anything,
     original=anything,
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rope_of_any_values_never_surprises(written, fuzzed, rope_type, original):
     config = json.loads((written / "config.json").read_text())
     rope = {"rope_type": rope_type, "original_max_position_embeddings": original}
@@ -579,7 +579,7 @@ def test_rope_of_any_values_never_surprises(written, fuzzed, rope_type, original
 
 
 @given(changes=st.dictionaries(st.sampled_from(["data_offsets", "shape", "dtype"]), anything))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_header_entries_of_any_values_never_surprise(written, fuzzed, changes):
     header, data = split(written / SINGLE_FILE)
     name = random.Random(str(changes)).choice(sorted(header))

@@ -105,7 +105,7 @@ def test_successive_tokens_are_independent():
     top_p=st.sampled_from([1e-9, 0.1, 0.33, 0.77, 0.99, 1.0]),
     min_p=st.sampled_from([0.0, 0.049, 0.31, 1.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_filters_keep_what_the_reference_keeps(logits, temperature, top_k, top_p, min_p):
     """Few distinct logits: ties abound, and keep the order of their ids."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -139,7 +139,7 @@ def drawn_by_hand(kept: list[tuple[int, float]], sampling: Sampling, number: int
     min_p=st.sampled_from([0.0, 0.0, 0.0713]),
     sample_index=st.integers(0, 3),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_token_of_a_seed_is_the_reference_s(
     seed, levels, spread, top_k, top_p, min_p, sample_index
 ):

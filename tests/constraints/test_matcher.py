@@ -122,7 +122,7 @@ def allowed_by_hand(text: bytes, choices: list[bytes]) -> set[int]:
 
 
 @given(choices=CHOICES, seed=st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_exactly_what_goes_on_is_allowed(choices, seed):
     choose, encoded = random.Random(seed), [choice.encode() for choice in choices]
     matcher, text = compiled(constraint("choices", *choices), SMALL).fork([]), b""

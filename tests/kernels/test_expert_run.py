@@ -77,7 +77,7 @@ def test_an_expert_equals_float64(weight_format, dtype, num_rows):
 
 
 @compiled
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(COMPILED_FORMATS), st.integers(1, 9), st.data())
 def test_how_the_bytes_arrive_changes_no_bit(weight_format, num_rows, data):
     layout, record, _ = make(weight_format)

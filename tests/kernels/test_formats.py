@@ -20,7 +20,7 @@ layouts = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts, st.integers(0, 2**31))
 def test_dequantise_gives_the_weights_that_were_packed(layout, seed):
     matrix = random_matrix(layout, torch.Generator().manual_seed(seed))

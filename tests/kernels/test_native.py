@@ -182,7 +182,7 @@ def test_a_row_s_bits_do_not_depend_on_its_company(
     assert torch.equal(run(together.rows(index), matrix), expected[index])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(FORMATS),
     st.integers(1, 90),

@@ -164,7 +164,7 @@ def test_other_dtypes_are_routed_by_torch(dtype):
 
 
 @compiled
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(NUM_TOKENS), st.integers(1, 20), st.integers(1, 300), st.data())
 def test_a_token_s_bits_do_not_depend_on_its_company(tokens, num_experts, hidden, data):
     top_k = data.draw(st.integers(1, num_experts))

@@ -131,7 +131,7 @@ def near_pages(largest):
     nbytes=near_pages(len(CONTENT)),
     target_offset=near_pages(3 * PAGE_BYTES),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_alignment_brings_the_file_s_bytes(open_file, file_offset, nbytes, target_offset):
     reader, path = open_file
     nbytes = min(nbytes, len(CONTENT) - file_offset)
