@@ -286,7 +286,7 @@ class Client:
             self._admin.Undrain(admin_pb2.UndrainRequest(), timeout=self._timeout_s)
 
     def run_warmup(self, model: str = "") -> Iterator[admin_pb2.RunWarmupResponse]:
-        """Rewarms a READY model; yields how far that is, the last time with its probes.
+        """Rewarms a READY model; yields how far that is.
 
         Args:
             model: Which one; empty: the server's first.

@@ -66,7 +66,6 @@ async def send_probe(
     seed: int,
     metadata: Sequence[tuple[str, str]] = (),
     timeout_s: float = PROBE_TIMEOUT_S,
-    priority: int = 0,
 ) -> Probe:
     """Generates from `shape.prompt(seed)` and times it.
 
@@ -78,7 +77,6 @@ async def send_probe(
         model=shape.model,
         token_ids=generation_pb2.TokenIds(ids=shape.prompt(seed)),
         stopping=generation_pb2.Stopping(max_new_tokens=shape.new_tokens, ignore_eos=True),
-        priority=priority,
     )
     stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
     num_tokens = 0

@@ -9,7 +9,7 @@ Knows the protocol and an address; neither the supervisor that awaits it nor the
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -28,8 +28,6 @@ log = structlog.get_logger(__name__)
 FIRST_BACKOFF_S = 0.2
 LONGEST_BACKOFF_S = 5.0
 """Between two tries of a stage."""
-
-LOWEST_PRIORITY = -10
 
 RECORDED_AT_ONCE = 4
 
@@ -94,22 +92,6 @@ class WarmUp:
         self._seeds = count()
         """They go on from round to round and from life to life: a prompt seen before would find its
         experts in memory."""
-
-    async def check(self) -> AsyncGenerator[Probe, None]:
-        """Probes of a READY model, one after another and behind all other requests.
-
-        Raises:
-            MoeServerError: A request failed.
-        """
-        async with self._channel() as channel:
-            for _ in range(self._config.probes):
-                seed = next(self._seeds)
-                try:
-                    yield await send_probe(
-                        channel, self._shape, seed, self._metadata, priority=LOWEST_PRIORITY
-                    )
-                except grpc.aio.AioRpcError as error:
-                    raise _failure(error) from None
 
     async def prove(self, limits: Limits, *, is_alone: bool = True) -> None:
         """Returns when every probe of a round kept the limits, or when that is not insisted on.

@@ -4,9 +4,7 @@ import click
 import structlog
 
 from moe_server.client import Client
-from moe_server.commands.format import format_bytes, format_seconds
-from moe_server.commands.warmup import LimitMissedError
-from moe_server.proto.moe_server.v1 import admin_pb2 as pb
+from moe_server.commands.format import format_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -17,25 +15,15 @@ log = structlog.get_logger(__name__)
 def rewarm(target: str, model: str) -> None:
     """Bring the experts that were wanted most back into memory, beside running requests.
 
-    After a burst of other traffic, say. Reads come behind those of requests; then probes at the
-    lowest priority tell how fast the model is. The server stays ready. Exits with 5 where a probe
-    missed the server's limits.
+    After a burst of other traffic, say. Reads come behind those of requests, and the server stays
+    ready.
     """
-    last = pb.RunWarmupResponse()
     with Client(target) as client:
-        for last in client.run_warmup(model):
+        for told in client.run_warmup(model):
             log.info(
                 "rewarming",
-                model=last.model,
-                experts=f"{last.experts_done} of {last.experts_total}",
-                left_out=last.experts_left_out,
-                bytes=format_bytes(last.bytes_done),
+                model=told.model,
+                experts=f"{told.experts_done} of {told.experts_total}",
+                left_out=told.experts_left_out,
+                bytes=format_bytes(told.bytes_done),
             )
-    for probe in last.probes:
-        ttft, tpot = (one.ToNanoseconds() / 1e9 for one in (probe.ttft, probe.tpot))
-        click.echo(f"first token {format_seconds(ttft)}, each further {format_seconds(tpot)}")
-    if last.missed:
-        raise LimitMissedError(
-            f"A probe of model {last.model!r} missed: {last.missed}.",
-            "Requests that run meanwhile slow it down; otherwise give the server more memory.",
-        )

@@ -149,7 +149,7 @@ class AdminService:
     async def RunWarmup(  # noqa: N802  # named by the protocol
         self, request: pb.RunWarmupRequest, context: Context
     ) -> None:
-        """Rewarms a live model, then probes it."""
+        """Rewarms a live model."""
         self._refuse_strangers(context)
         running = self._registry.find(request.model)
         if running.supervisor.state is not ServerState.READY:
@@ -168,12 +168,12 @@ class AdminService:
                 told.bytes_done = progress.bytes_done
                 told.bytes_total = progress.bytes_total
                 await context.write(told)
-        async with aclosing(running.warm_up.check()) as probes:
-            async for probe in probes:
-                told.probes.append(_probe(probe))
-                told.missed = told.missed or running.warm_up.limits.missed(probe)
-        await context.write(told)
-        log.info("rewarmed", model=running.name, missed=told.missed)
+        log.info(
+            "rewarmed",
+            model=running.name,
+            experts=told.experts_done,
+            left_out=told.experts_left_out,
+        )
 
     async def RecordRequests(  # noqa: N802  # named by the protocol
         self, request: pb.RecordRequestsRequest, context: Context

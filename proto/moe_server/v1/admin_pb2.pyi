@@ -303,24 +303,20 @@ class RunWarmupRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class RunWarmupResponse(_message.Message):
-    __slots__ = ("model", "experts_done", "experts_total", "experts_left_out", "bytes_done", "bytes_total", "probes", "missed")
+    __slots__ = ("model", "experts_done", "experts_total", "experts_left_out", "bytes_done", "bytes_total")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_DONE_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
-    PROBES_FIELD_NUMBER: _ClassVar[int]
-    MISSED_FIELD_NUMBER: _ClassVar[int]
     model: str
     experts_done: int
     experts_total: int
     experts_left_out: int
     bytes_done: int
     bytes_total: int
-    probes: _containers.RepeatedCompositeFieldContainer[Probe]
-    missed: str
-    def __init__(self, model: _Optional[str] = ..., experts_done: _Optional[int] = ..., experts_total: _Optional[int] = ..., experts_left_out: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., probes: _Optional[_Iterable[_Union[Probe, _Mapping]]] = ..., missed: _Optional[str] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., experts_done: _Optional[int] = ..., experts_total: _Optional[int] = ..., experts_left_out: _Optional[int] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
 
 class RecordRequestsRequest(_message.Message):
     __slots__ = ("model", "count")

@@ -102,9 +102,9 @@ class AdminServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RunWarmup(self, request, context):
-        """Brings the experts that were wanted most back into memory, behind everything that requests read, and
-        then sends probes, one at a time and at the lowest priority. The model stays READY, whatever they
-        take. UNAVAILABLE unless it is READY, RESOURCE_EXHAUSTED while another one runs. Cancelled, it ends.
+        """Brings the experts that were wanted most back into memory, behind everything that requests read; the
+        model stays READY. UNAVAILABLE unless it is READY, RESOURCE_EXHAUSTED while another one runs.
+        Cancelled, it ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
