@@ -27,9 +27,11 @@ from benchmarks.scene import (
     ended,
     scene,
 )
+from moe_server.warmup.stages import PREFLIGHT
 
 ENGINE_DIES_WITHIN_S = 5.0
 STARTING, LOADING = "starting", "loading"
+PREFLIGHT_PLACE = f"{STARTING}: {PREFLIGHT}"
 KILLED = ("SIGKILL", "signal 9", "killed")
 READ_ERROR = ("Input/output error",)
 MEMORY = ("memory",)
@@ -65,8 +67,12 @@ def undisturbed(served: Served, slow_bytes_per_s: float) -> tuple[Served, list[M
 
 
 def places(moments: Sequence[Moment]) -> list[str]:
-    """The places of a start, READY included, in order, each once."""
-    return list(dict.fromkeys(moment.place for moment in moments if moment.state != UNREACHABLE))
+    """The places of a start, READY included, in order, each once.
+
+    Without the preflight, which is over between two looks.
+    """
+    seen = dict.fromkeys(moment.place for moment in moments if moment.state != UNREACHABLE)
+    return [place for place in seen if place != PREFLIGHT_PLACE]
 
 
 def killed_engine(served: Served, places: Sequence[str], slow_bytes_per_s: float) -> Outcome:
