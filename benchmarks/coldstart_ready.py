@@ -21,7 +21,7 @@ from benchmarks.engine_server import (
     engine_of,
     half_resident,
     io_read_bytes,
-    kernel_seconds,
+    processor_seconds,
     running_server,
 )
 from benchmarks.observer import UNREACHABLE, Observer, stages
@@ -198,7 +198,7 @@ def measure(model: Path, arm: Arm, folder: Path, disk: Callable[[], float]) -> S
     before = disk()
     with started(model, arm, folder) as server:
         engine = engine_of(server.process.pid)
-        read, kernel_s = io_read_bytes(engine), kernel_seconds(engine)
+        read, (_, kernel_s) = io_read_bytes(engine), processor_seconds(engine)
         observer = server.observer
         answered_at_s = observer.answered_at_s or server.ready_at_s
         port_s = answered_at_s - server.begun_at_s

@@ -22,6 +22,7 @@ from moe_server.proto.moe_server.v1 import admin_pb2
 POLL_S = 0.02
 START_TIMEOUT_S = 300
 END_TIMEOUT_S = 60
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 NO_HOT_SET = {"MOE_SERVER_WARMUP__HOT_SET": "off"}
 """No run is to find what an earlier one has learned."""
 
@@ -120,10 +121,10 @@ def io_read_bytes(process: int) -> int:
     return int(dict(line.split(": ") for line in lines)["read_bytes"])
 
 
-def kernel_seconds(process: int) -> float:
-    """Processor time a process has spent in the kernel since it began, all threads together."""
+def processor_seconds(process: int) -> tuple[float, float]:
+    """Processor time since a process began, of all its threads: its own and in the kernel."""
     fields = Path(f"/proc/{process}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return int(fields[12]) / os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / TICKS_PER_S, int(fields[12]) / TICKS_PER_S
 
 
 def half_resident(model: str, **flags: object) -> int:

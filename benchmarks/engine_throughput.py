@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import Child, running
-from benchmarks.engine_server import ServerFailedError, engine_of, running_server, wait_ready
+from benchmarks.engine_server import (
+    ServerFailedError,
+    engine_of,
+    processor_seconds,
+    running_server,
+    wait_ready,
+)
 from benchmarks.loads import prompt
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
@@ -35,7 +41,6 @@ TIMEOUT_S = 600
 POLL_S = 0.005
 BARE = Path(__file__).parent / "peers/run_bare.py"
 MEMORY = "memfd:moe-server-experts"
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -138,12 +143,13 @@ def _round(
     streams = [_Stream(client, ids, new_tokens) for ids in prompts]
     while min(len(stream.tokens) for stream in streams) <= SKIP and _all_run(streams):
         time.sleep(POLL_S)
-    before, count = {name: _cpu_s(pid) for name, pid in pids.items()}, _count(streams)
+    before = {name: sum(processor_seconds(pid)) for name, pid in pids.items()}
+    count = _count(streams)
     while max(len(stream.tokens) for stream in streams) < new_tokens - SKIP and _all_run(streams):
         time.sleep(POLL_S)
     steps = (_count(streams) - count) / batch
     cpu_ms = {
-        f"{name}_cpu_ms": 1e3 * (_cpu_s(pid) - before[name]) / max(steps, 1.0)
+        f"{name}_cpu_ms": 1e3 * (sum(processor_seconds(pid)) - before[name]) / max(steps, 1.0)
         for name, pid in pids.items()
     }
     for stream in streams:
@@ -202,8 +208,3 @@ def _expert_memory(server: "subprocess.Popen[bytes]") -> str:
         if MEMORY in str(descriptor.readlink()) and descriptor.stat().st_size:
             return str(descriptor)
     raise ServerFailedError("the server's experts are in memory that cannot be shared")
-
-
-def _cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S

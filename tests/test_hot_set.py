@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.engine_server import children_of
 from moe_server.budget import plan_memory
 from moe_server.checkpoint import read_checkpoint
 from moe_server.client import Client, UnreachableError
@@ -387,17 +388,13 @@ async def test_a_drain_saves_and_the_next_server_starts_with_it(path, tmp_path):
     assert read(path, file).visits == pytest.approx(both, rel=0.06)
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 async def test_a_sigterm_to_all_processes_lets_the_engine_finish(path, tmp_path):
     # systemd sends it to every process of a unit, `timeout` to every one of a group.
     file = tmp_path / "hot.json"
     async with serving(path, file, WARMUP__HOT_SET_EVERY_S="1000") as (process, client):
         await asyncio.to_thread(ask, client, 3)
         assert not file.exists()
-        for child in children(process.pid):
+        for child in children_of(process.pid):
             os.kill(child, signal.SIGTERM)
         process.terminate()
         assert await process.wait() == 0

@@ -47,9 +47,9 @@ class LimitsMissedError(MoeServerError):
 class FirstRequests:
     """What is sent before the proof."""
 
-    shapes: Sequence[ProbeShape] = ()
+    shapes: Sequence[ProbeShape]
     """Side by side."""
-    as_people_send_it: generation_pb2.GenerateStreamRequest | None = None
+    as_people_send_it: generation_pb2.GenerateStreamRequest | None
     """Beside them."""
     recorded: Sequence[generation_pb2.GenerateStreamRequest] = ()
     """After them."""
